@@ -74,9 +74,13 @@ class EmbeddingNet(nn.Module):
         """Width of an embedding."""
         return self.projection.out_features if self.projection else self.vit.config.width
 
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Return what the ViT takes: pixels of mean 0 and deviation 1 on the images that mean and std were taken of."""
+        return (pixels.float() - self.mean) / self.std
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Return (B, dim) float32 rows of length 1 for (B, C, H, W) pixels in [0, 255], of any dtype."""
-        out = self.vit((pixels.float() - self.mean) / self.std, patches=self.pooling == "mean")
+        out = self.vit(self.normalise(pixels), patches=self.pooling == "mean")
         pooled: Tensor = out.cls if self.pooling == "cls" else out.patches.mean(dim=1)  # (B, N, W) -> (B, W)
         if self.projection is not None:
             pooled = self.projection(pooled)

@@ -59,5 +59,10 @@ def model_card(config: Mapping[str, Any], *, dim: int, parameters: int, fingerpr
         mode=preprocess["mode"],
         dim=dim,
         fingerprint=fingerprint,
-        provenance=json.dumps(config["provenance"], indent=2),
+        provenance=json.dumps({name: _brief(value) for name, value in config["provenance"].items()}, indent=2),
     )
+
+
+def _brief(value: Any) -> Any:
+    """Shorten a long list, such as the names of thousands of classes; config.json has it whole."""
+    return [*value[:5], f"and {len(value) - 5} more"] if isinstance(value, list) and len(value) > 6 else value

@@ -95,13 +95,26 @@ def _scan(block: FloatArray, mask: BoolArray, alive: int, queries: FloatArray, k
     """Return scores (q, k) and positions (q, k) of the k best rows of one block; `alive` >= k rows may be found."""
     import faiss
 
-    if alive == len(block):
+    dense = alive == len(block) or (alive * 4 >= len(block) and len(queries) < _MATRIX_QUERIES)
+    live = None if dense else np.flatnonzero(mask)
+    if live is not None:
+        block, mask = block[live], np.ones(alive, np.bool_)
+    if len(queries) > 1 and mask.all():
         scores, positions = faiss.knn(queries, block, k, faiss.METRIC_INNER_PRODUCT)
-        return scores, positions
-    if len(queries) >= _MATRIX_QUERIES or alive * 4 < len(block):
-        live = np.flatnonzero(mask)
-        scores, positions = faiss.knn(queries, block[live], k, faiss.METRIC_INNER_PRODUCT)
-        return scores, live[positions]
+    else:
+        scores, positions = _scan_selected(block, mask, queries, k)
+    return scores, positions if live is None else live[positions]
+
+
+def _scan_selected(block: FloatArray, mask: BoolArray, queries: FloatArray, k: int) -> tuple[FloatArray, RowArray]:
+    """Do the same row by row, skipping the rows that are not in the mask.
+
+    A single query comes here with a full mask too: FAISS then scans on the calling thread. Otherwise it starts its
+    threads for every block, which on a busy machine takes ten times as long as the scan itself, and gains little: one
+    core reads nearly as fast as the memory can give.
+    """
+    import faiss
+
     bits = np.packbits(mask, bitorder="little")
     selector = faiss.IDSelectorBitmap(bits.size, faiss.swig_ptr(bits))
     scores = np.empty((len(queries), k), np.float32)

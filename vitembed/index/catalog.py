@@ -227,11 +227,18 @@ class Catalog:
             raise self._damaged(f"{self.live()} rows live and {len(ids)} have an id")
         return ids
 
-    def rows_of(self, ids: Iterable[str]) -> dict[str, int]:
-        """Return the rows of those ids that are in the index."""
-        wanted = json.dumps(list(ids))
-        found = self._rows("SELECT id, row FROM items WHERE id IN (SELECT value FROM json_each(?))", (wanted,))
-        return {str(name): int(row) for name, row in found}
+    def find(self, ids: Iterable[str]) -> dict[str, Item]:
+        """Return the items of those ids that are in the index.
+
+        Raises:
+            SearchIndexError: an item does not match its checksum, or SQLite finds one under another's id.
+        """
+        wanted = list(ids)
+        found = self._items("id IN (SELECT value FROM json_each(?))", json.dumps(wanted))
+        items = {item.id: item for item in found}
+        if len(items) != len(found) or not items.keys() <= set(wanted):
+            raise self._damaged("its list of ids is out of order")
+        return items
 
     def items(self, rows: Iterable[int]) -> list[Item]:
         """Return the items of those of these rows that live, by row.
@@ -265,10 +272,10 @@ class Catalog:
         rows = [(item.row, item.id, item.metadata, _seal(item.row, item.id, item.metadata)) for item in items]
         self._run_many("INSERT INTO items VALUES (?, ?, ?, ?)", rows)
 
-    def delete_items(self, items: Mapping[str, int]) -> None:
-        """Delete items, given as ids and rows, and forget which files they came from."""
-        self._run_many("DELETE FROM items WHERE row = ?", [(row,) for row in items.values()])
-        self._run_many("DELETE FROM files WHERE id = ? AND reason IS NULL", [(name,) for name in items])
+    def delete_items(self, items: Sequence[Item]) -> None:
+        """Delete items, and forget which files they came from."""
+        self._run_many("DELETE FROM items WHERE row = ?", [(item.row,) for item in items])
+        self._run_many("DELETE FROM files WHERE id = ? AND reason IS NULL", [(item.id,) for item in items])
 
     # Files
 

@@ -90,13 +90,16 @@ class Index:
             raise
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], dim: int, fingerprint: str | None = None) -> Self:
+    def create(
+        cls, path: str | os.PathLike[str], dim: int, fingerprint: str | None = None, location: str | None = None
+    ) -> Self:
         """Make an empty index and open it.
 
         Args:
             path: the directory to make; it must be missing or empty, and the folder around it must exist.
             dim: the width of the vectors, from 1 to 65,536.
             fingerprint: of the model that makes the vectors; None when it is not known (yet).
+            location: where that model is kept (a folder or a name), a note for whoever opens the index.
 
         Raises:
             ConfigError: `dim` is out of range.
@@ -113,7 +116,7 @@ class Index:
         try:
             draft.mkdir()
             (draft / "vectors.f32").touch()
-            meta = {"dim": str(dim), "fingerprint": fingerprint, "vectors": "vectors.f32"}
+            meta = {"dim": str(dim), "fingerprint": fingerprint, "location": location, "vectors": "vectors.f32"}
             Catalog.create(draft / NAME, meta)
             if target.exists():
                 target.rmdir()
@@ -167,13 +170,19 @@ class Index:
         with self._open():
             return self.catalog.meta("fingerprint")
 
+    @property
+    def location(self) -> str | None:
+        """Where the model that made the vectors is kept; None when it was never recorded."""
+        with self._open():
+            return self.catalog.meta("location")
+
     def __len__(self) -> int:
         with self._open():
             return self.catalog.live()
 
     def __contains__(self, name: object) -> bool:
         with self._open():
-            return isinstance(name, str) and name in self.catalog.rows_of([name])
+            return isinstance(name, str) and name in self.catalog.find([name])
 
     def ids(self) -> list[str]:
         """Return all ids, in the order in which they were last added."""
@@ -188,11 +197,9 @@ class Index:
             SearchIndexError: the entry or its block of vectors is damaged.
         """
         with self._snapshot() as live:
-            rows = self.catalog.rows_of(checked_ids([name]))
-            items = self.catalog.items(rows.values())
-            if not items:
+            item = self.catalog.find(checked_ids([name])).get(name)
+            if item is None:
                 raise _unknown([name])
-            [item] = items
             only = np.arange(len(live.mask)) == item.row
             return Record(item.id, live.verified(only)[item.row].copy(), json.loads(item.metadata))
 
@@ -254,7 +261,7 @@ class Index:
         if not names:
             return
         with self.transaction():
-            self._drop(self.catalog.rows_of(names))
+            self._drop(list(self.catalog.find(names).values()))
             last = self.catalog.last_block()  # after the drop, which may have changed it
             first = last.stop
             self._vectors.append(first, rows)
@@ -280,20 +287,18 @@ class Index:
         """
         names = checked_ids(ids, distinct=False)
         with self.transaction():
-            rows = self.catalog.rows_of(names)
-            missing = [name for name in names if name not in rows]
+            found = self.catalog.find(names)
+            missing = [name for name in names if name not in found]
             if missing and not missing_ok:
                 raise _unknown(missing)
-            self._drop(rows)
-        return len(rows)
+            self._drop(list(found.values()))
+        return len(found)
 
-    def _drop(self, items: Mapping[str, int]) -> None:
-        """Delete live items, given as ids and rows, and clear their rows' bits."""
-        if not items:
-            return
+    def _drop(self, items: Sequence[Item]) -> None:
+        """Delete live items and clear their rows' bits."""
         self.catalog.delete_items(items)
-        rows = np.fromiter(items.values(), np.int64)
-        for block in self.catalog.blocks_of(items.values()):
+        rows = np.array([item.row for item in items], np.int64)
+        for block in self.catalog.blocks_of(rows.tolist()):
             mask = block.mask()
             mask[rows[(rows >= block.start) & (rows < block.stop)] - block.start] = False
             self.catalog.put_block(block.with_mask(mask))

@@ -119,8 +119,7 @@ def sync(
 
     Raises:
         DataError: the folder is missing or holds no images at all (an empty one is taken for a mistake, such as a disk
-        that
-            is not mounted, and not for the wish to remove everything).
+            that is not mounted, and not for the wish to remove everything).
         ModelMismatchError: the index was built with another model.
         SearchIndexError: another process writes to the index or synchronises it.
     """
@@ -202,7 +201,7 @@ class _Run:
     def _foreign(self, names: list[str]) -> dict[str, str]:
         """Return those ids that the index holds for something else than this folder's files, and for what."""
         new = [name for name in names if not id_problem(name) and self._live(name) is None]
-        taken = self.index.catalog.rows_of(new)
+        taken = self.index.catalog.find(new)
         owners = self.index.catalog.owners(taken)
         foreign = {}
         for name in taken:
@@ -328,13 +327,15 @@ def _alone(path: Path) -> Iterator[None]:
 
     The lock is SQLite's on a file of its own: it works on every system, and ends with the process that holds it.
     """
-    with closing(sqlite3.connect(path / "sync.lock", timeout=0, isolation_level=None)) as connection:
+    try:
+        connection = sqlite3.connect(path / "sync.lock", timeout=0, isolation_level=None)
+    except sqlite3.Error as error:
+        raise SearchIndexError(f"{path / 'sync.lock'}: cannot write ({error}); check its permissions") from error
+    with closing(connection):
         try:
             connection.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as error:
-            raise SearchIndexError(
-                f"another process is synchronising {path}; wait until it has finished, or stop it"
-            ) from error
+            raise SearchIndexError(f"another process is synchronising {path}; wait for it or stop it") from error
         yield
 
 

@@ -154,6 +154,12 @@ class ImageDataset:
             classes=tuple(self.classes[label] for label in kept),
         )
 
+    def with_classes(self, names: Iterable[str]) -> "ImageDataset | None":
+        """Return the images of the named classes; None if there are none."""
+        wanted = set(names)
+        chosen = np.array([name in wanted for name in self.classes])[self.labels]
+        return self.subset(chosen) if chosen.any() else None
+
     def split(self, validation: Validation, *, share: float, seed: int) -> "tuple[ImageDataset, ImageDataset | None]":
         """Return what to train on and what to validate on.
 

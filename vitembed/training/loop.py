@@ -152,7 +152,7 @@ def train(
     )
     torch.manual_seed(config.seed)
     learner = _Learner(model, loss, miner, config, steps=config.epochs * len(sampler))
-    provenance = _provenance(config, loss, miner, train_set)
+    provenance = _provenance(config, loss, miner, train_set, held_out)
 
     history: list[Record] = []
     best_epoch, best_state = 0, _snapshot(model)
@@ -311,12 +311,16 @@ def _prepare_out(out: str | os.PathLike[str] | None, overwrite: bool) -> Path | 
     return folder
 
 
-def _provenance(config: TrainConfig, loss: Loss, miner: Miner | None, dataset: ImageDataset) -> dict[str, Any]:
+def _provenance(
+    config: TrainConfig, loss: Loss, miner: Miner | None, train_set: ImageDataset, held_out: ImageDataset | None
+) -> dict[str, Any]:
+    unseen = set(held_out.classes) - set(train_set.classes) if held_out else set()
     return {
         "made by": f"vitembed {vitembed.__version__}, torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
-        "training images": len(dataset),
-        "training classes": len(dataset.classes),
+        "training images": len(train_set),
+        "training classes": len(train_set.classes),
+        "held-out classes": sorted(unseen),  # what an honest figure or threshold may be measured on
         "loss": str(loss),
         "miner": None if miner is None else str(miner),
         "settings": dataclasses.asdict(config),

@@ -153,8 +153,7 @@ class _Sweep:
         # Squared distances of unit rows come with errors of a few eps: nearer to each other than that, they are equal.
         self.slack = 4 * torch.finfo(rows.dtype).eps
         self.blocks = [
-            self._anchors(start, min(start + block, len(rows)), MININGS[mining])
-            for start in range(0, len(rows), block)
+            self._anchors(start, min(start + block, len(rows)), MININGS[mining]) for start in range(0, len(rows), block)
         ]
         self.total = rows.new_zeros((), dtype=self.wide)
         # With pair weights W the gradient is W rows - (W 1) rows: pull and mass are its two products.

@@ -6,12 +6,12 @@ the seed and on the sorted names of the files alone.
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from vitembed.errors import ConfigError, DataError
 from vitembed.images import ImageSource, list_images
@@ -91,12 +91,9 @@ class Pairs:
     def from_folder(cls, root: str | os.PathLike[str], *, max_pairs: int = 100_000, seed: int = 0) -> "Pairs":
         """Make pairs of the images under a folder; an image's identity is the folder that it lies in.
 
-        All pairs of one identity are taken as matching, and random pairs of two identities as non-matching; of
-        either kind at most half of `max_pairs`, drawn without repetition.
-
         Args:
             root: a folder of folders, one or more levels deep: `root/alice/1.png`, `root/bob/1.png`.
-            max_pairs: at least 2.
+            max_pairs: at least 2; see `from_labels`.
             seed: of the random draw.
 
         Raises:
@@ -104,29 +101,53 @@ class Pairs:
             DataError: no images, an image directly in `root`, fewer than two identities, or no identity with
                 two images.
         """
+        base = Path(root)
+        images = list_images(base)
+        identities = [path.relative_to(base).parent.as_posix() for path in images]
+        if "." in identities:
+            loose = images[identities.index(".")]
+            raise DataError(f"{loose} lies in no identity's folder; expected {base}/IDENTITY/{loose.name}")
+        return cls.from_labels(images, identities, max_pairs=max_pairs, seed=seed)
+
+    @classmethod
+    def from_labels(
+        cls, images: Sequence[ImageSource], labels: ArrayLike, *, max_pairs: int = 100_000, seed: int = 0
+    ) -> "Pairs":
+        """Make pairs of labelled images.
+
+        All pairs of one identity are taken as matching, and random pairs of two identities as non-matching; of
+        either kind at most half of `max_pairs`, drawn without repetition.
+
+        Args:
+            images: N images.
+            labels: (N,) their identities, numbers or strings.
+            max_pairs: at least 2.
+            seed: of the random draw.
+
+        Raises:
+            ConfigError: `max_pairs` is below 2.
+            DataError: one label an image is missing, fewer than two identities, or no identity with two images.
+        """
         if max_pairs < 2:
             raise ConfigError(f"max_pairs must be at least 2; got {max_pairs}")
-        base = Path(root)
-        identities = [(path.relative_to(base).parent.as_posix(), path) for path in list_images(base)]
-        loose = [path for identity, path in identities if identity == "."]
-        if loose:
-            raise DataError(f"{loose[0]} lies in no identity's folder; expected {base}/IDENTITY/{loose[0].name}")
-        identities.sort()
-        images = [path for _, path in identities]
-        codes = np.unique([identity for identity, _ in identities], return_inverse=True)[1]
+        codes = np.unique(np.asarray(labels), return_inverse=True)[1]
+        if codes.shape != (len(images),):
+            raise DataError(f"expected one label an image; got {codes.shape} labels for {len(images)} images")
+        order = np.argsort(codes, kind="stable")
+        codes = codes[order]
         # Sorted by identity, the images from i + 1 to end[i] share i's identity, and those from end[i] do not.
         end = np.searchsorted(codes, codes, side="right")
-        position = np.arange(len(images))
+        position = np.arange(len(order))
         rng = np.random.default_rng(seed)
         genuine = _draw(position + 1, end - position - 1, max_pairs // 2, rng)
-        impostor = _draw(end, len(images) - end, max_pairs // 2, rng)
+        impostor = _draw(end, len(order) - end, max_pairs // 2, rng)
         if len(genuine) == 0 or len(impostor) == 0:
-            count = codes[-1] + 1
+            count = len(np.unique(codes))
             raise DataError(
-                f"{base}: pairs of both kinds need two identities and one of them with two images; "
+                "pairs of both kinds need two identities and one of them with two images; "
                 f"got {len(images)} images of {count} {'identity' if count == 1 else 'identities'}"
             )
-        chosen = np.concatenate([genuine, impostor])  # (P, 2)
+        chosen = order[np.concatenate([genuine, impostor])]  # (P, 2)
         return cls(
             tuple(images[i] for i in chosen[:, 0]),
             tuple(images[i] for i in chosen[:, 1]),
@@ -142,7 +163,7 @@ def _draw(
     Pairs are numbered through, never listed: a thousand images of one identity have half a million.
     """
     totals = np.cumsum(partners)
-    total = int(totals[-1])
+    total = int(totals[-1]) if len(totals) else 0
     numbers = np.arange(total) if total <= wanted else np.sort(rng.choice(total, wanted, replace=False))
     i = np.searchsorted(totals, numbers, side="right")
     j = first[i] + numbers - (totals[i] - partners[i])

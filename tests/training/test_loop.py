@@ -1,0 +1,236 @@
+"""The training loop: it learns, repeats, keeps the best, records what it did, and stops with a reason."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitembed.embedder import Embedder
+from vitembed.errors import ConfigError, DataError, TrainingError
+from vitembed.images import Preprocess
+from vitembed.training import Augment, ContrastiveLoss, ImageDataset, TrainConfig, TripletLoss, loop, train
+from vitembed.vit import ViTConfig
+
+QUICK: dict[str, Any] = {"epochs": 2, "classes_per_batch": 4, "images_per_class": 4, "workers": 0}
+
+
+def embedder(seed: int = 0, device: str = "cpu") -> Embedder:
+    config = ViTConfig((8, 8), 4, 1, width=16, depth=2, heads=2, stem=((8, 2), (16, 2)))
+    preprocess = Preprocess.grey((8, 8), resize="squash", invert=False)
+    return Embedder.create(config, preprocess=preprocess, seed=seed, device=device)
+
+
+def stripes(classes: int = 8, per_class: int = 8, seed: int = 0) -> ImageDataset:
+    """Noisy stripes, a direction a class: easy, but not for untrained weights."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(classes), per_class)
+    y, x = np.mgrid[:8, :8]
+    images = []
+    for label in labels:
+        angle = np.pi * label / classes
+        wave = np.sin(1.6 * (np.cos(angle) * x + np.sin(angle) * y) + rng.uniform(0, 2 * np.pi))
+        images.append(np.clip(127 + 80 * wave + rng.normal(0, 25, (8, 8)), 0, 255).astype(np.uint8))
+    return ImageDataset.from_arrays(images, labels)
+
+
+def test_training_lowers_the_loss_and_finds_neighbours_of_the_class(tmp_path: Path) -> None:
+    model = embedder()
+    config = TrainConfig(
+        epochs=12, classes_per_batch=8, images_per_class=4, validation="images", validation_share=0.25, workers=0
+    )
+    result = train(model, stripes(per_class=16), loss=TripletLoss(0.3, "all"), config=config, out=tmp_path / "run")
+    first, last = result.history[0], result.history[-1]
+    assert last["active"] < 0.7 * first["active"]
+    assert last["positive_distance"] / last["negative_distance"] < 0.8 * (
+        first["positive_distance"] / first["negative_distance"]
+    )
+    assert result.recall_at_1 is not None
+    assert result.recall_at_1 > 0.7
+    assert result.recall_at_1 == max(record["recall@1"] for record in result.history)
+
+
+def test_the_folder_holds_the_best_model_the_history_and_the_curve(tmp_path: Path) -> None:
+    model = embedder()
+    result = train(model, stripes(), config=TrainConfig(**QUICK), out=tmp_path / "run")
+    loaded = Embedder.from_pretrained(tmp_path / "run", device="cpu")
+    assert loaded.fingerprint == model.fingerprint
+    assert json.loads((tmp_path / "run" / "history.json").read_text()) == result.history
+    assert [record["epoch"] for record in result.history] == [1, 2]
+    assert set(result.history[0]) == {
+        "epoch",
+        "loss",
+        "active",
+        "positive_distance",
+        "negative_distance",
+        "recall@1",
+        "learning_rate",
+        "seconds",
+    }
+    with Image.open(tmp_path / "run" / "curve.png") as curve:
+        assert curve.format == "PNG"
+    provenance = loaded.provenance
+    assert provenance["epoch"] == result.best_epoch
+    assert provenance["validation recall@1"] == result.recall_at_1
+    assert len(provenance["held-out classes"]) == 2
+    assert provenance["training classes"] == 6
+
+
+def test_equal_seeds_give_equal_weights_and_others_do_not() -> None:
+    fingerprints = []
+    for seed in (3, 3, 4):
+        model = embedder()
+        config = TrainConfig(**QUICK, augment=Augment.named("photo"), seed=seed, validation="none")
+        train(model, stripes(), config=config)
+        fingerprints.append(model.fingerprint)
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+def test_the_model_gets_the_weights_of_the_best_epoch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = embedder()
+    recalls = iter([0.5, 0.9, 0.9, 0.2])
+    fingerprints = []
+
+    def recall(model: Embedder, *_: object) -> float:
+        fingerprints.append(model.fingerprint)
+        return next(recalls)
+
+    monkeypatch.setattr(loop, "_recall_at_1", recall)
+    result = train(model, stripes(), config=TrainConfig(**{**QUICK, "epochs": 4}), out=tmp_path / "run")
+    assert (result.best_epoch, result.recall_at_1) == (3, 0.9)  # the later of equals
+    assert len(set(fingerprints)) == 4
+    assert model.fingerprint == fingerprints[2]
+    assert Embedder.from_pretrained(tmp_path / "run").fingerprint == fingerprints[2]
+
+
+def test_without_validation_the_last_epoch_counts() -> None:
+    result = train(embedder(), stripes(), config=TrainConfig(**QUICK, validation="none"))
+    assert (result.best_epoch, result.recall_at_1) == (2, None)
+
+
+@pytest.mark.parametrize("loss", [TripletLoss(0.2, "hard"), ContrastiveLoss(), None])
+def test_our_losses_train(loss: Any) -> None:
+    model = embedder()
+    before = model.fingerprint
+    result = train(model, stripes(), loss=loss, config=TrainConfig(**QUICK, validation="none"))
+    assert model.fingerprint != before
+    assert 0 <= result.history[-1]["active"] <= 1
+
+
+def test_losses_and_miners_of_pytorch_metric_learning_train_and_their_parameters_too() -> None:
+    from pytorch_metric_learning import losses, miners
+
+    miner = miners.MultiSimilarityMiner()
+    train(
+        embedder(),
+        stripes(),
+        loss=losses.MultiSimilarityLoss(),
+        miner=miner,
+        config=TrainConfig(**QUICK, validation="none"),
+    )
+    proxies = losses.ProxyAnchorLoss(num_classes=8, embedding_size=16)
+    before = proxies.proxies.detach().clone()
+    result = train(embedder(), stripes(), loss=proxies, config=TrainConfig(**QUICK, validation="none"))
+    assert not torch.equal(proxies.proxies, before)
+    assert "active" not in result.history[0]
+
+
+def test_the_rate_warms_up_and_falls_to_zero() -> None:
+    rates = [loop._rate(step, warmup=10, steps=110) for step in range(110)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == 1
+    assert rates[60] == pytest.approx(0.5)
+    assert rates[-1] < 0.001
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+
+
+def test_weight_decay_is_for_matrices_alone() -> None:
+    model = embedder()
+    decayed, plain = loop._parameter_groups(model.network, TripletLoss(), model.device, 0.05)
+    names = {id(parameter): name for name, parameter in model.network.named_parameters()}
+    assert decayed["weight_decay"] == 0.05
+    assert plain["weight_decay"] == 0
+    assert all("weight" in names[id(p)] and "norm" not in names[id(p)] for p in decayed["params"])
+    assert {"vit.cls_token", "vit.pos_embed", "vit.norm.weight"} <= {names[id(p)] for p in plain["params"]}
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
+def test_the_distances_are_those_of_a_plain_loop() -> None:
+    embeddings = torch.nn.functional.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    labels = [0, 0, 1, 1, 1, 2]
+    kinds: dict[bool, list[float]] = {True: [], False: []}
+    for i in range(6):
+        for j in range(6):
+            if i != j:
+                kinds[labels[i] == labels[j]].append((embeddings[i] - embeddings[j]).norm().item())
+    figures = loop._distances(embeddings, torch.tensor(labels))
+    assert figures["positive_distance"].item() == pytest.approx(np.mean(kinds[True]), abs=1e-5)
+    assert figures["negative_distance"].item() == pytest.approx(np.mean(kinds[False]), abs=1e-5)
+
+
+def test_a_loss_that_becomes_nan_stops_with_advice_and_keeps_the_model(tmp_path: Path) -> None:
+    calls = 0
+
+    def loss(embeddings: torch.Tensor, labels: torch.Tensor, tuples: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return TripletLoss()(embeddings, labels) * (float("nan") if calls > 4 else 1)
+
+    with pytest.raises(TrainingError, match="lower the learning rate"):
+        train(embedder(), stripes(), loss=loss, config=TrainConfig(**{**QUICK, "epochs": 5}), out=tmp_path / "run")
+    assert np.isfinite(Embedder.from_pretrained(tmp_path / "run").encode([np.zeros((8, 8), np.uint8)])).all()
+
+
+def test_an_earlier_model_is_overwritten_on_purpose_alone(tmp_path: Path) -> None:
+    old = embedder()
+    old.save_pretrained(tmp_path)
+    with pytest.raises(TrainingError, match="already holds a model"):
+        train(embedder(seed=1), stripes(), config=TrainConfig(**QUICK), out=tmp_path)
+    assert Embedder.from_pretrained(tmp_path).fingerprint == old.fingerprint
+    train(embedder(seed=1), stripes(), config=TrainConfig(**QUICK), out=tmp_path, overwrite=True)
+    assert Embedder.from_pretrained(tmp_path).fingerprint != old.fingerprint
+
+
+def test_too_little_data_is_said_before_anything_is_done(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="at least 4 classes; got 1"):
+        train(embedder(), stripes(classes=1), config=TrainConfig(**QUICK), out=tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match="cannot create"):
+        train(embedder(), stripes(), config=TrainConfig(**QUICK), out=tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"epochs": 0}, "epochs"),
+        ({"learning_rate": 0}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"clip": -1}, "clip"),
+        ({"warmup": 1}, "warmup"),
+        ({"weight_decay": -1}, "weight_decay"),
+        ({"precision": "bf32"}, "did you mean 'bf16'"),
+        ({"workers": -1}, "workers"),
+    ],
+)
+def test_settings_out_of_range_are_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        TrainConfig(**values)
+
+
+def test_precision_is_mixed_where_the_device_has_it() -> None:
+    cpu = torch.device("cpu")
+    assert loop._mixed_precision("auto", cpu) == "no"
+    assert loop._mixed_precision("fp32", cpu) == "no"
+    assert loop._mixed_precision("bf16", cpu) == "bf16"
+
+
+def test_the_progress_bar_shows_loss_active_share_and_distances(capfd: pytest.CaptureFixture[str]) -> None:
+    train(embedder(), stripes(), config=TrainConfig(**QUICK, validation="none"), progress=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    for word in ("epoch 2/2", "loss=", "active=", "positive_distance=", "negative_distance="):
+        assert word in err

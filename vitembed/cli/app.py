@@ -1,0 +1,97 @@
+"""The `vitembed` command: its subcommands, and what happens when one of them fails.
+
+Contract, for every command: results go to standard output, with --json as one JSON document; progress and errors go to
+standard error; an error is one line and exit status 2. Commands import what they need when they run, so that `--help`
+answers at once.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from vitembed import __version__
+from vitembed.cli import evaluating, indexing, training, verifying
+from vitembed.cli.demo import demo
+from vitembed.cli.doctor import doctor
+from vitembed.errors import VitembedError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+app = typer.Typer(
+    name="vitembed",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vitembed {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train a Vision Transformer to embed images, search the embeddings, and decide whether two images match.
+
+    Example: vitembed demo
+    """
+
+
+app.command()(demo)
+app.command()(training.train)
+app.command()(evaluating.evaluate)
+app.command()(evaluating.embed)
+app.command()(indexing.search)
+app.command()(verifying.calibrate)
+app.command()(verifying.verify)
+app.command()(doctor)
+app.add_typer(indexing.index_app, name="index")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit the process.
+
+    Args:
+        arguments: what was typed after `vitembed`; None for the process's own.
+    """
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 a "no" of `verify` or a fault found, 2 an error."""
+    try:
+        status = app(args=None if arguments is None else list(arguments), prog_name="vitembed", standalone_mode=False)
+        sys.stdout.flush()
+    except VitembedError as error:
+        return _fail(str(error))
+    except typer.TyperException as error:
+        return _fail(error.format_message())
+    except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}")
+    except MemoryError:
+        return _fail("out of memory; try a smaller --batch-size")
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("vitembed: interrupted", err=True)
+        return INTERRUPTED
+    return status if isinstance(status, int) else 0
+
+
+def _fail(message: str) -> int:
+    line = " ".join(message.split())
+    typer.echo(f"vitembed: error: {line}", err=True)
+    return 2

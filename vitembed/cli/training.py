@@ -1,0 +1,159 @@
+"""`vitembed train`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from vitembed.cli.output import Device, Json, Workers, print_figures, print_json, warn
+
+if TYPE_CHECKING:
+    from vitembed.embedder import Embedder
+
+Stem = Literal["linear", "conv"]
+Pooling = Literal["cls", "mean"]
+Validation = Literal["classes", "images", "none"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+NETWORK, LOSS, SETTINGS = "Network", "Loss", "Training"  # the groups of options in --help
+
+
+def train(
+    data: Annotated[Path, typer.Argument(help="A folder DATA/CLASS/IMAGE, or a .csv or .parquet: path,label[,split].")],
+    out: Annotated[Path, typer.Option(help="Folder for the model.")],
+    init: Annotated[
+        Path | None, typer.Option(help="Go on from this model, with its architecture.", rich_help_panel=NETWORK)
+    ] = None,
+    arch: Annotated[
+        str, typer.Option(help="Size/patch: N Ti S B L H; N/4 suits small images.", rich_help_panel=NETWORK)
+    ] = "S/16",
+    stem: Annotated[
+        Stem, typer.Option(help="linear, or conv: learns faster from few images.", rich_help_panel=NETWORK)
+    ] = "conv",
+    image_size: Annotated[int, typer.Option(min=1, help="Side in pixels.", rich_help_panel=NETWORK)] = 224,
+    pooling: Annotated[
+        Pooling,
+        typer.Option(
+            help="What becomes the embedding: the CLS token or the mean of the patches.", rich_help_panel=NETWORK
+        ),
+    ] = "cls",
+    dim: Annotated[
+        int | None,
+        typer.Option(min=1, help="Width of the embedding; that of the network by default.", rich_help_panel=NETWORK),
+    ] = None,
+    ink: Annotated[
+        bool, typer.Option(help="Dark ink on white: grey, inverted, padded; augmentation ink.", rich_help_panel=NETWORK)
+    ] = False,
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="triplet, contrastive, or one of pytorch-metric-learning's: 'MultiSimilarityLoss(beta=40)'.",
+            rich_help_panel=LOSS,
+        ),
+    ] = "triplet",
+    margin: Annotated[float | None, typer.Option(help="Of the triplet loss.", rich_help_panel=LOSS)] = None,
+    mining: Annotated[str | None, typer.Option(help="all, hard or semihard.", rich_help_panel=LOSS)] = None,
+    miner: Annotated[
+        str | None, typer.Option(help="A miner of pytorch-metric-learning, for its losses.", rich_help_panel=LOSS)
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the images.", rich_help_panel=SETTINGS)] = 20,
+    classes_per_batch: Annotated[
+        int, typer.Option(min=2, help="P: classes that meet in a batch.", rich_help_panel=SETTINGS)
+    ] = 32,
+    images_per_class: Annotated[int, typer.Option(min=2, help="K: images of each.", rich_help_panel=SETTINGS)] = 4,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", "--lr", help="The highest.", rich_help_panel=SETTINGS)
+    ] = 1e-3,
+    augment: Annotated[str | None, typer.Option(help="none, ink or photo.", rich_help_panel=SETTINGS)] = None,
+    validation: Annotated[
+        Validation,
+        typer.Option(help="Hold out classes (never seen in training), images, or none.", rich_help_panel=SETTINGS),
+    ] = "classes",
+    validation_share: Annotated[float, typer.Option(help="How much is held out.", rich_help_panel=SETTINGS)] = 0.2,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the arithmetic; auto is bf16 where CUDA has it.", rich_help_panel=SETTINGS)
+    ] = "auto",
+    device: Device = None,
+    workers: Workers = None,
+    seed: Annotated[
+        int, typer.Option(help="Of weights, batches, augmentation and the split.", rich_help_panel=SETTINGS)
+    ] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model that --out holds.")] = False,
+    json: Json = False,
+) -> None:
+    """Train an embedder on labelled images; the best epoch on held-out classes is kept.
+
+    Example: vitembed train photos/ --out runs/photos --epochs 30
+
+    Example: vitembed train letters/ --out runs/letters --arch N/4 --image-size 28 --ink
+    """
+    from vitembed.training import Augment, ImageDataset, TrainConfig, build_loss, build_miner
+    from vitembed.training import train as train_model
+
+    settings = TrainConfig(
+        epochs=epochs,
+        classes_per_batch=classes_per_batch,
+        images_per_class=images_per_class,
+        learning_rate=learning_rate,
+        augment=Augment.named(augment or ("ink" if ink else "photo")),
+        validation=validation,
+        validation_share=validation_share,
+        precision=precision,
+        workers=workers,
+        seed=seed,
+    )
+    dataset = ImageDataset.load(data)
+    model = _model(init, arch, stem, image_size, pooling, dim, ink, seed, device)
+    given = {"margin": margin, "mining": mining}
+    loss_function = build_loss(
+        loss,
+        num_classes=len(dataset.classes),
+        embedding_size=model.dim,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    result = train_model(
+        model,
+        dataset,
+        loss=loss_function,
+        miner=build_miner(miner) if miner else None,
+        config=settings,
+        out=out,
+        overwrite=overwrite,
+        progress=True,
+    )
+    figures = {"model": str(out), "best epoch": result.best_epoch, "validation recall@1": result.recall_at_1}
+    if result.recall_at_1 is None:
+        warn("nothing was held out, so nothing is known of how well the model does on new images")
+    if json:
+        print_json({**figures, "history": result.history, "fingerprint": model.fingerprint})
+    else:
+        print_figures(figures)
+        typer.echo(f"\nNext: vitembed evaluate {out} {data} --held-out")
+
+
+def _model(
+    init: Path | None,
+    arch: str,
+    stem: Stem,
+    image_size: int,
+    pooling: Pooling,
+    dim: int | None,
+    ink: bool,
+    seed: int,
+    device: str | None,
+) -> "Embedder":
+    from vitembed.embedder import Embedder
+    from vitembed.images import Preprocess
+
+    if init is not None:
+        return Embedder.from_pretrained(init, device=device)
+    size = (image_size, image_size)
+    return Embedder.create(
+        arch,
+        preprocess=Preprocess.grey(size) if ink else Preprocess(size),
+        stem=stem,
+        pooling=pooling,
+        dim=dim,
+        seed=seed,
+        device=device,
+    )

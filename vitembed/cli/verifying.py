@@ -1,0 +1,99 @@
+"""`vitembed calibrate` and `vitembed verify`: a threshold with a known error rate, and decisions by it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vitembed.cli.evaluating import HeldOut, load_labelled
+from vitembed.cli.output import BatchSize, Device, Json, print_figures, print_json
+from vitembed.errors import VerifierError
+
+if TYPE_CHECKING:
+    from vitembed.embedder import Embedder
+    from vitembed.verify import Pairs
+
+NO_MATCH = 1  # exit status, as `cmp` and `diff` have it
+
+
+def calibrate(
+    model: Annotated[Path, typer.Argument(help="A model's folder.")],
+    data: Annotated[Path, typer.Argument(help="A folder DATA/IDENTITY/IMAGE, or a table of left,right,match.")],
+    out: Annotated[Path, typer.Option(help="The verifier file to write (JSON).")],
+    far: Annotated[float, typer.Option(help="Wanted false-accept rate, in (0, 1).")] = 0.01,
+    max_pairs: Annotated[
+        int, typer.Option(min=2, help="Pairs to draw from a folder, half of them matching.")
+    ] = 100_000,
+    held_out: HeldOut = False,
+    seed: Annotated[int, typer.Option(help="Of the pairs that are drawn.")] = 0,
+    batch_size: BatchSize = 64,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Choose the threshold for a wanted false-accept rate; use images that the model was not trained on.
+
+    Example: vitembed calibrate runs/photos photos/ --held-out --out photos.verifier --far 0.01
+    """
+    from dataclasses import asdict
+
+    from vitembed.embedder import Embedder
+    from vitembed.verify import Verifier
+
+    embedder = Embedder.from_pretrained(model, device=device)
+    pairs = _pairs(embedder, data, held_out, max_pairs, seed)
+    location = str(model.absolute())
+    verifier = Verifier.fit(embedder, pairs, far, location=location, batch_size=batch_size, progress=True)
+    verifier.save(out)
+    figures = {"verifier": str(out), **asdict(verifier.calibration)}
+    if json:
+        print_json(figures)
+    else:
+        print_figures(figures)
+
+
+def verify(
+    left: Annotated[Path, typer.Argument(help="An image.")],
+    right: Annotated[Path, typer.Argument(help="Another image.")],
+    verifier: Annotated[Path, typer.Option(help="A file that `vitembed calibrate` wrote.")],
+    model: Annotated[
+        Path | None, typer.Option(help="The model's folder, if it is no longer where the verifier was made with it.")
+    ] = None,
+    device: Device = None,
+    json: Json = False,
+) -> int:
+    """Decide whether two images match; exit status 0 for a match, 1 for none, 2 for an error.
+
+    Example: vitembed verify a.png b.png --verifier photos.verifier
+    """
+    from dataclasses import asdict, replace
+
+    from vitembed.embedder import Embedder
+    from vitembed.verify import Verifier
+
+    loaded = Verifier.load(verifier)
+    folder = model or loaded.location
+    if folder is None:
+        raise VerifierError(f"{verifier} does not say where its model is; name it with --model")
+    bound = replace(loaded, model=Embedder.from_pretrained(folder, device=device))
+    decision = bound.compare(left, right)
+    if json:
+        print_json(asdict(decision))
+    else:
+        calibration = bound.calibration
+        word = "match" if decision.match else "no match"
+        typer.echo(f"{word}: score {decision.score:.4f}, threshold {decision.threshold:.4f}")
+        typer.echo(f"probability of a match, were both answers equally likely before: {decision.probability:.4f}")
+        typer.echo(
+            f"at this threshold {calibration.far:.2%} of non-matching and {calibration.frr:.2%} of matching pairs "
+            f"were judged wrongly ({calibration.non_matches:,} and {calibration.matches:,} pairs)"
+        )
+    return 0 if decision.match else NO_MATCH
+
+
+def _pairs(model: "Embedder", data: Path, held_out: bool, max_pairs: int, seed: int) -> "Pairs":
+    from vitembed.verify import Pairs
+
+    if data.is_file():
+        return Pairs.from_csv(data)
+    dataset = load_labelled(model, data, held_out)
+    return Pairs.from_labels(dataset.images, dataset.labels, max_pairs=max_pairs, seed=seed)
