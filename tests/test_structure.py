@@ -34,6 +34,7 @@ ORDER = [
     "doctor",
     "demo",
     "cli",
+    "__main__",
 ]
 
 # What never imports torch. `evaluate` and `report` measure and show what the left side made.
@@ -50,6 +51,12 @@ def modules() -> dict[str, ast.Module]:
     return trees
 
 
+def exists(name: str) -> bool:
+    """Tell whether a dotted name is a module of ours."""
+    path = ROOT.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
 def imported(tree: ast.AST) -> set[str]:
     """Return the dotted names that a module imports, wherever it does, but for what only a type checker sees."""
     names: set[str] = set()
@@ -60,7 +67,9 @@ def imported(tree: ast.AST) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+            # `from package import module` needs the module, `from module import name` needs `module`.
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if exists(name) else str(node.module) for name in full}
         names |= imported(node)
     return names
 

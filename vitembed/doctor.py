@@ -1,4 +1,4 @@
-"""What `vitembed doctor` looks at: versions, devices, threads, OpenMP runtimes, caches; each finding with what to do."""
+"""What `vitembed doctor` looks at: versions, devices, threads, OpenMP runtimes, caches; and what to do about it."""
 
 import os
 import platform
@@ -88,7 +88,9 @@ def _threads() -> Finding:
     threads = torch.get_num_threads()
     found = f"{threads} threads of torch on {cores} cores"
     if threads > cores:
-        return Finding("threads", False, found, f"more threads than cores slow each other down: OMP_NUM_THREADS={cores}")
+        return Finding(
+            "threads", False, found, f"more threads than cores slow each other down: OMP_NUM_THREADS={cores}"
+        )
     if threads < cores:
         return Finding("threads", True, found, "cores lie idle on purpose? else unset OMP_NUM_THREADS")
     return Finding("threads", True, found)

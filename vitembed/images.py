@@ -47,6 +47,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_LONG = 16  # of an image that many times as long as the part that "crop" keeps, only that part is resized
 _warnings_lock = threading.Lock()
 
 
@@ -208,14 +209,25 @@ class Preprocess:
         if self.resize == "squash" or image.size == (width, height):
             return image.resize((width, height), sampling)
         if self.resize == "crop":
-            # Resizing only the part that stays gives the same pixels as cropping afterwards, and an image of
-            # 1 x 50,000 pixels does not grow to 224 x 11,200,000 on the way.
-            return image.resize((width, height), sampling, box=_crop_box(image.size, (width, height)))
+            return self._cropped(image, sampling)
         scale = min(width / image.width, height / image.height)
         inner = (_side(image.width, scale, width), _side(image.height, scale, height))
         ground = Image.new(self.mode, (width, height), self.fill if self.mode == "L" else (self.fill,) * 3)
         ground.paste(image.resize(inner, sampling), ((width - inner[0]) // 2, (height - inner[1]) // 2))
         return ground
+
+    def _cropped(self, image: Image.Image, sampling: Image.Resampling) -> Image.Image:
+        """Bring the short side to size, then cut the middle out: what every library's models were trained with."""
+        height, width = self.size
+        left, top, right, bottom = box = _crop_box(image.size, (width, height))
+        # An image of 1 x 50,000 pixels would grow to 224 x 11,200,000 on the way. What lies far outside the box cannot
+        # change a pixel inside it, so of very long images only the middle is resized.
+        if max(image.size) > _LONG * max(right - left, bottom - top):
+            return image.resize((width, height), sampling, box=box)
+        across, down = width / (right - left), height / (bottom - top)
+        whole = (max(width, int(image.width * across + 1e-6)), max(height, int(image.height * down + 1e-6)))
+        x, y = round(left * across), round(top * down)
+        return image.resize(whole, sampling).crop((x, y, x + width, y + height))
 
 
 def _side(length: int, scale: float, limit: int) -> int:
@@ -407,7 +419,7 @@ def _without_warnings() -> Iterator[None]:
 
 
 def _walk_images(root: Path) -> Iterator[str]:
-    """Yield the paths of the images under a folder; strings, as a `Path` for every file would cost more than the walk."""
+    """Yield the paths of the images under a folder, as strings: a `Path` of each would cost more than the walk."""
     seen = {_identity(root)}
     for parent, folders, files in os.walk(root, onerror=_reraise, followlinks=True):
         prefix = parent if parent.endswith(os.sep) else parent + os.sep

@@ -41,7 +41,7 @@ def stripes(classes: int = 8, per_class: int = 8, seed: int = 0) -> ImageDataset
 def test_training_lowers_the_loss_and_finds_neighbours_of_the_class(tmp_path: Path) -> None:
     model = embedder()
     config = TrainConfig(
-        epochs=12, classes_per_batch=8, images_per_class=4, validation="images", validation_share=0.25, workers=0
+        epochs=40, classes_per_batch=8, images_per_class=4, validation="images", validation_share=0.25, workers=0
     )
     result = train(model, stripes(per_class=16), loss=TripletLoss(0.3, "all"), config=config, out=tmp_path / "run")
     first, last = result.history[0], result.history[-1]
@@ -212,7 +212,7 @@ def test_too_little_data_is_said_before_anything_is_done(tmp_path: Path) -> None
         ({"clip": -1}, "clip"),
         ({"warmup": 1}, "warmup"),
         ({"weight_decay": -1}, "weight_decay"),
-        ({"precision": "bf32"}, "did you mean 'bf16'"),
+        ({"precision": "bf61"}, "did you mean 'bf16'"),
         ({"workers": -1}, "workers"),
     ],
 )

@@ -144,8 +144,10 @@ def test_an_unusable_folder_is_one_clear_error(tmp_path, names, message):
 
 def test_a_missing_or_empty_folder_is_one_clear_error(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(DataError):
+        with pytest.raises(DataError, match=r"holds no image|does not exist"):
             Pairs.from_folder(folder)
+    (tmp_path / "a").mkdir()
+    Image.new("L", (2, 2)).save(tmp_path / "a" / "1.png")
     with pytest.raises(ConfigError, match="max_pairs must be at least 2; got 1"):
         Pairs.from_folder(tmp_path, max_pairs=1)
 

@@ -160,7 +160,7 @@ def test_another_models_verifier_is_refused(model, tmp_path):
 
 
 def test_bad_pairs_are_one_clear_error(model, pairs):
-    with pytest.raises(VerifierError, match="needs at least 3000 non-matching pairs"):
+    with pytest.raises(VerifierError, match="needs at least 3,000 non-matching pairs"):
         Verifier.fit(model, pairs, far=0.001)
     with pytest.raises(DataError, match="both kinds"):
         Verifier.fit(model, Pairs(["0.png"] * 2, ["1.png"] * 2, np.array([True, True])))

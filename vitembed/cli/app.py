@@ -5,7 +5,6 @@ standard error; an error is one line and exit status 2. Commands import what the
 answers at once.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -72,14 +71,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 a "no" of `verify` or a fault found, 2 an error."""
     try:
         status = app(args=None if arguments is None else list(arguments), prog_name="vitembed", standalone_mode=False)
-        sys.stdout.flush()
     except VitembedError as error:
         return _fail(str(error))
     except typer.TyperException as error:
         return _fail(error.format_message())
-    except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}")

@@ -1,8 +1,8 @@
 """Labelled images to train on: where they come from, which classes are held out, and how their pixels are fetched.
 
 `ImageDataset` is a plain value (sources, labels, names of classes, an optional split) that every kind of input is
-turned into. `PixelDataset` reads it through a `Preprocess`, once into memory where the pixels fit, so that small images are
-decoded once and not every epoch.
+turned into. `PixelDataset` reads it through a `Preprocess`, once into memory where the pixels fit, so that small images
+are decoded once and not every epoch.
 """
 
 import csv

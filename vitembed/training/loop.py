@@ -125,7 +125,7 @@ def train(
         model: the embedder to train.
         dataset: labelled images.
         loss: `TripletLoss`, `ContrastiveLoss`, any pytorch-metric-learning loss, or anything with their contract
-            `loss(embeddings, labels, tuples)`; None for semi-hard triplets.
+            `loss(embeddings, labels, tuples)`; None for `TripletLoss()`.
         miner: `miner(embeddings, labels) -> tuples` for the loss; None for none.
         config: the settings.
         out: folder for the best model so far, history.json and curve.png, written after every epoch; None for nowhere.

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 Mining = Literal["all", "hard", "semihard"]
@@ -38,48 +38,46 @@ MININGS: dict[str, tuple[tuple[int, str], ...]] = {
 # In the place of the squared distance of images of one class: beyond every threshold, and finite, since 0 * inf is NaN.
 _FAR = 1e30
 
-# A positive that is not there, in the tables of classes smaller than the block's largest.
-_ABSENT = -1.0
-
 # From this many positives an anchor, a binary search of the sorted thresholds beats one comparison each (measured).
-_SEARCH_FROM = 48
+SEARCH_FROM = 48
 
 
 @dataclass(frozen=True)
 class ClassLayout:
-    """The images of a batch sorted by class size, then class: every class is a slice.
+    """The images of a batch sorted by class size, then class: every class is a slice, and so are those of one size.
 
     Attributes:
         order: (B,) int64, the batch's row at each sorted position.
         classes: (B,) int64, a number for the class at each sorted position.
-        starts: the first sorted position of the class at each position.
-        sizes: the number of images of the class at each position.
-        triplets: how many (anchor, positive, negative) there are.
+        groups: (size, start, stop) of the slice that the classes of each size fill; sizes ascend.
     """
 
     order: Tensor
     classes: Tensor
-    starts: list[int]
-    sizes: list[int]
-    triplets: int
+    groups: list[tuple[int, int, int]]
 
     @classmethod
     def of(cls, labels: Tensor, device: torch.device) -> "ClassLayout":
         """Sort labels (B,) of an integer type; labels that lie on the CPU cost the device no synchronisation."""
         _, classes, counts = torch.unique(labels.detach().cpu(), return_inverse=True, return_counts=True)
         sizes = counts[classes]
-        order = torch.argsort(sizes * len(counts) + classes)
-        classes, sizes = classes[order], sizes[order]
-        _, runs = torch.unique_consecutive(classes, return_counts=True)
-        starts = torch.repeat_interleave(runs.cumsum(0) - runs, runs)
-        triplets = int((sizes * (sizes - 1) // sizes.clamp_min(1) * (len(order) - sizes)).sum())
-        return cls(order.to(device), classes.to(device), starts.tolist(), sizes.tolist(), triplets)
+        order = torch.argsort(sizes * (len(counts) + 1) + classes)
+        distinct, images = torch.unique_consecutive(sizes[order], return_counts=True)
+        stops = images.cumsum(0)
+        groups = list(zip(distinct.tolist(), (stops - images).tolist(), stops.tolist(), strict=True))
+        return cls(order.to(device), classes[order].to(device), groups)
 
-    def strips(self, start: int, stop: int, width: int) -> Iterator[tuple[slice, slice]]:
-        """Cut the positions start..stop into slices of `width`, each with the slice that its classes cover."""
-        for a in range(start, stop, width):
-            b = min(a + width, stop)
-            yield slice(a, b), slice(self.starts[a], self.starts[b - 1] + self.sizes[b - 1])
+    @property
+    def triplets(self) -> int:
+        """How many triplets (anchor, positive, negative) there are."""
+        return sum((stop - start) * (size - 1) * (len(self.order) - size) for size, start, stop in self.groups)
+
+    def class_start(self, position: int) -> int:
+        """Return where the class of the image at a sorted position begins."""
+        for size, start, stop in self.groups:
+            if position < stop:
+                return start + (position - start) // size * size
+        raise IndexError(position)
 
 
 @dataclass(frozen=True)
@@ -89,8 +87,7 @@ class _Anchors:
     Attributes:
         start: first sorted position.
         stop: one past the last.
-        distances: (K, c), to the anchor's positives; ascending where a search will need it; _ABSENT where none is.
-        positives: (K, c) int32, their sorted positions, the anchor's own where there is none.
+        distances: (K, c), to the anchor's positives; -1 where there are fewer. Ascending where a search needs it.
         bounds: a sign and the thresholds (K, c) on squared distances; -inf where there is no positive.
         active: (K, c), how many negatives have a non-zero term with this anchor and positive; filled by the sweep.
     """
@@ -98,7 +95,6 @@ class _Anchors:
     start: int
     stop: int
     distances: Tensor
-    positives: Tensor
     bounds: tuple[tuple[int, Tensor], ...]
     active: Tensor
 
@@ -116,18 +112,26 @@ class _Anchors:
             mask: like x; scratch.
             tally: whether to add to `active`, too: once for each pair.
         """
-        search = len(self.distances) >= _SEARCH_FROM
-        for sign, thresholds in self.bounds:
-            if search:
-                below = _search(x if side == 0 else x.T, thresholds, counts if side == 0 else counts.T, sign)
+        if len(self.distances) >= SEARCH_FROM:
+            x, counts = (x, counts) if side == 0 else (x.T, counts.T)
+            for sign, thresholds in self.bounds:
+                below = _search(x, thresholds, counts, sign)
                 if tally:
                     self.active.add_(below, alpha=sign)
-                continue
+            return
+        for sign, thresholds in self.bounds:
             for threshold, active in zip(thresholds, self.active, strict=True):
                 torch.lt(x, threshold.unsqueeze(1 - side), out=mask)
                 counts.add_(mask, alpha=sign)
                 if tally:
                     active.add_(mask.sum(1 - side), alpha=sign)
+
+    def active_at(self, distances: Tensor) -> Tensor:
+        """Return `active` (K, c) in the order of these distances to the positives, (K, c)."""
+        if len(self.distances) < SEARCH_FROM:
+            return self.active
+        place = torch.searchsorted(self.distances.T.contiguous(), distances.T.contiguous())
+        return self.active.gather(0, place.T)  # equal distances have equal counts
 
 
 def _search(x: Tensor, thresholds: Tensor, counts: Tensor, sign: int) -> Tensor:
@@ -149,15 +153,13 @@ class _Sweep:
         self.rows = rows - rows.mean(0)  # (B, D)
         self.norms = self.rows.square().sum(1)  # (B,) squared
         self.wide = torch.float32 if rows.device.type == "mps" else torch.float64
-        self.strip = 64 if rows.device.type == "cpu" else 256
-        # Squared distances of unit rows come with errors of a few eps: nearer to each other than that, they are equal.
-        self.slack = 4 * torch.finfo(rows.dtype).eps
-        self.blocks = [
-            self._anchors(start, min(start + block, len(rows)), MININGS[mining]) for start in range(0, len(rows), block)
-        ]
+        self.eps = torch.finfo(rows.dtype).eps
+        self.positives = [self._measure(*group) for group in layout.groups]
+        starts = range(0, len(rows), block)
+        self.blocks = [self._anchors(start, min(start + block, len(rows)), MININGS[mining]) for start in starts]
         self.total = rows.new_zeros((), dtype=self.wide)
         # With pair weights W the gradient is W rows - (W 1) rows: pull and mass are its two products.
-        self.pull = torch.zeros_like(self.rows) if with_grad else self.rows
+        self.pull = torch.zeros_like(self.rows)
         self.mass = torch.zeros_like(self.norms)
         self.buffers = [rows.new_empty(min(block, len(rows)) ** 2) for _ in range(3)]
 
@@ -171,90 +173,111 @@ class _Sweep:
             active = anchors.active.to(self.wide)
             number += active.sum()
             self.total += active.mul_(anchors.distances + self.margin).sum()
-            if self.with_grad:
-                self._positives(anchors)
-        return self.total, number, self.pull - self.rows * self.mass[:, None]
+        if self.with_grad:
+            for group, distances in zip(self.layout.groups, self.positives, strict=True):
+                self._positives(*group, distances)
+        return self.total, number, self.pull.sub_(self.rows * self.mass[:, None])
+
+    def _measure(self, size: int, start: int, stop: int) -> Tensor:
+        """Return the distances of the images start..stop, of classes of one size, to their positives: (size - 1, n)."""
+        near = self.rows.new_empty((stop - start) // size, size, size)
+        classes = self.rows[start:stop].view(-1, size, self.rows.shape[1])
+        for part in _parts(len(classes), size):
+            wide = classes[part].to(self.wide)  # a positive is often so near that float32 would lose half of its digits
+            near[part] = torch.cdist(wide, wide)
+        return _without_diagonal(near).reshape(stop - start, size - 1).T
 
     def _anchors(self, start: int, stop: int, kinds: tuple[tuple[int, str], ...]) -> _Anchors:
-        """Measure the anchors' positives and set their thresholds."""
-        most = self.layout.sizes[stop - 1] - 1  # sizes ascend
-        distances = self.norms.new_full((most, stop - start), _ABSENT)
-        positives = torch.arange(start, stop, device=self.rows.device, dtype=torch.int32).repeat(most, 1)
-        for strip, span in self.layout.strips(start, stop, self.strip):
-            self._measure(strip, span, distances[:, strip.start - start :], positives[:, strip.start - start :])
-        if most >= _SEARCH_FROM:
-            distances, order = distances.sort(dim=0)
-            positives = positives.gather(0, order)
+        """Set the thresholds of a block of anchors."""
+        distances = self._positive_distances(start, stop)
+        if len(distances) >= SEARCH_FROM:
+            distances = distances.sort(dim=0).values
         exact = distances.to(self.wide)
-        tie = exact.square() + self.slack
-        thresholds = {"tie": tie, "reach": torch.maximum((exact + self.margin).square(), tie)}
-        for name, values in thresholds.items():
-            thresholds[name] = values.masked_fill_(distances < 0, -torch.inf).to(self.rows.dtype)
-        bounds = tuple((sign, thresholds[kind]) for sign, kind in kinds)
-        return _Anchors(start, stop, distances, positives, bounds, torch.zeros_like(distances))
+        # Squared distances have errors of a few eps: when nearer to each other than that, they are equal.
+        tie = exact.square() + 4 * self.eps
+        reach = torch.maximum((exact + self.margin).square(), tie)
+        absent = distances < 0
+        thresholds = {"tie": tie, "reach": reach}
+        bounds = [(sign, thresholds[kind].masked_fill(absent, -torch.inf).to(self.rows.dtype)) for sign, kind in kinds]
+        return _Anchors(start, stop, distances, tuple(bounds), torch.zeros_like(distances))
 
-    def _measure(self, strip: slice, span: slice, distances: Tensor, positives: Tensor) -> None:
-        """Fill in the leading columns of the tables (K, c) for the anchors of a strip, whose classes cover `span`."""
-        most, width = self.layout.sizes[strip.stop - 1] - 1, strip.stop - strip.start
-        if most == 0:
-            return
-        device = self.rows.device
-        anchors = torch.arange(strip.start, strip.stop, device=device)
-        starts = torch.tensor(self.layout.starts[strip], device=device)
-        sizes = torch.tensor(self.layout.sizes[strip], device=device)
-        slots = torch.arange(most, device=device)[:, None]
-        mates = starts + slots
-        mates += mates >= anchors  # step over the anchor itself
-        mates = torch.where(slots < sizes - 1, mates, anchors)  # (most, width)
-        near = torch.cdist(self.rows[strip].to(self.wide), self.rows[span].to(self.wide)).to(self.rows.dtype)
-        found = near.T.gather(0, mates - span.start)
-        distances[:most, :width] = torch.where(mates == anchors, _ABSENT, found)
-        positives[:most, :width] = mates
+    def _positive_distances(self, start: int, stop: int) -> Tensor:
+        """Return the block's distances (K, c), K for its largest class, and -1 where a class has fewer."""
+        parts = [
+            (table[:, max(start - first, 0) : stop - first], max(first - start, 0))
+            for (_, first, last), table in zip(self.layout.groups, self.positives, strict=True)
+            if first < stop and start < last
+        ]
+        distances = self.rows.new_full((len(parts[-1][0]), stop - start), -1.0)
+        for table, offset in parts:
+            distances[: len(table), offset : offset + table.shape[1]] = table
+        return distances
 
     def _negatives(self, left: _Anchors, right: _Anchors) -> None:
         """Count, weigh and add up the pairs of two blocks of anchors, each the other's negatives."""
-        starts = self.layout.starts
-        one_class = starts[right.stop - 1] <= left.start
+        one_class = self.layout.class_start(right.stop - 1) <= left.start
         if one_class or len(left.distances) + len(right.distances) == 0:
             return
         rows, columns = self.rows[left.span], self.rows[right.span]
-        x, counts, mask = (b[: len(rows) * len(columns)].view(len(rows), -1) for b in self.buffers)
+        x, counts, mask = (buffer[: len(rows) * len(columns)].view(len(rows), -1) for buffer in self.buffers)
         torch.add(self.norms[left.span, None], self.norms[right.span], out=x)
-        x.addmm_(rows, columns.T, alpha=-2).clamp_min_(self.slack)
-        if starts[right.start] < left.stop:
+        x.addmm_(rows, columns.T, alpha=-2).clamp_min_(self.eps)
+        if self.layout.class_start(right.start) < left.stop:
             classes = self.layout.classes
             x.masked_fill_(classes[left.span, None] == classes[right.span], _FAR)
         counts.zero_()
         left.count(x, 0, counts, mask, tally=True)
         right.count(x, 1, counts, mask, tally=right is not left)
-        weights = counts.mul_(torch.rsqrt(x, out=mask))  # a distance's derivative by its square, times 2
+        weights = counts.mul_(torch.rsqrt(x, out=mask))  # the derivative of D by D^2 is 1 / 2D
         shortfall = x.mul_(weights).sum(1).sum(dtype=self.wide)
         # A block on the diagonal holds each pair of images twice, so everything is in it already.
         self.total.sub_(shortfall, alpha=0.5 if right is left else 1.0)
         if self.with_grad:
-            self._spread(left.span, right.span, weights, both=right is not left)
+            self.pull[left.span].addmm_(weights, columns)
+            self.mass[left.span].add_(weights.sum(1))
+            if right is not left:
+                self.pull[right.span].addmm_(weights.T, rows)
+                self.mass[right.span].add_(weights.sum(0))
 
-    def _positives(self, anchors: _Anchors) -> None:
-        """Add the positives' share of the gradient: a weight of -active / distance each."""
-        weights = anchors.active / -anchors.distances.clamp_min(self.slack**0.5)  # (K, c)
-        for strip, span in self.layout.strips(anchors.start, anchors.stop, self.strip):
-            local = slice(strip.start - anchors.start, strip.stop - anchors.start)
-            most = self.layout.sizes[strip.stop - 1] - 1
-            if most == 0:
-                continue
-            dense = weights.new_zeros(strip.stop - strip.start, span.stop - span.start)
-            # A sorted table has the absent positives first: their weight is 0, so all of it is scattered.
-            index = anchors.positives[:, local].T.long() - span.start
-            dense.scatter_add_(1, index, weights[:, local].T)
-            self._spread(strip, span, dense, both=True)
+    def _positives(self, size: int, start: int, stop: int, distances: Tensor) -> None:
+        """Add the positives' share of the gradient, -active / distance each, for classes of one size."""
+        if size == 1:
+            return
+        active = [
+            block.active_at(self._positive_distances(block.start, block.stop))[
+                : size - 1, max(start - block.start, 0) : stop - block.start
+            ]
+            for block in self.blocks
+            if block.start < stop and start < block.stop
+        ]
+        weights = torch.cat(active, dim=1).div_(-distances.clamp_min(self.eps**0.5))  # (size - 1, n)
+        square = _with_diagonal(weights.T.reshape(-1, size, size - 1))
+        classes, pull, mass = (
+            tensor[start:stop].view(-1, size, *tensor.shape[1:]) for tensor in (self.rows, self.pull, self.mass)
+        )
+        for part in _parts(len(square), size):
+            both = square[part] + square[part].mT  # an image is a positive of its own positives
+            pull[part].baddbmm_(both, classes[part])
+            mass[part].add_(both.sum(2))
 
-    def _spread(self, left: slice, right: slice, weights: Tensor, *, both: bool) -> None:
-        """Add weights (rows of left, rows of right) to the products, for one side or both sides of each pair."""
-        self.pull[left].addmm_(weights, self.rows[right])
-        self.mass[left].add_(weights.sum(1))
-        if both:
-            self.pull[right].addmm_(weights.T, self.rows[left])
-            self.mass[right].add_(weights.sum(0))
+
+def _parts(classes: int, size: int) -> Iterator[slice]:
+    """Cut a number of classes into slices whose (k, k, size) tables have 4 million numbers at most."""
+    step = max(2**22 // size**2, 1)
+    return (slice(first, first + step) for first in range(0, classes, step))
+
+
+def _without_diagonal(square: Tensor) -> Tensor:
+    """Cut the diagonals out of (m, k, k): (m, k, k - 1)."""
+    m, k, _ = square.shape
+    return square.reshape(m, k * k)[:, 1:].view(m, k - 1, k + 1)[:, :, :-1].reshape(m, k, k - 1)
+
+
+def _with_diagonal(table: Tensor) -> Tensor:
+    """Put diagonals of zeros into (m, k, k - 1): (m, k, k)."""
+    m, k, _ = table.shape
+    padded = nn.functional.pad(table.reshape(m, k - 1, k), (0, 1)).view(m, k * k - 1)
+    return nn.functional.pad(padded, (1, 0)).view(m, k, k)
 
 
 class _ExactTriplets(torch.autograd.Function):
@@ -272,7 +295,7 @@ class _ExactTriplets(torch.autograd.Function):
             unsorted = torch.empty_like(grad).index_copy_(0, layout.order, grad.mul_(scale))
             ctx.save_for_backward(unsorted)
         ctx.mark_non_differentiable(number)
-        # Comparisons with NaN are false, and nothing would be active: a broken network must not look like a solved task.
+        # Comparisons with NaN are false, so nothing would be active: a broken network must not look like a solved task.
         poison = rows.sum(dtype=scale.dtype) * 0
         return (total * scale + poison).to(rows.dtype), number
 

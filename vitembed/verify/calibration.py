@@ -131,7 +131,7 @@ def threshold_for_far(impostor_scores: ArrayLike, far: float) -> float:
     if count < needed:
         instead = f", or ask for a rate of at least {_rounded_up(3 / count):g}" if count > 3 else ""
         raise VerifierError(
-            f"a false-accept rate of {far:g} needs at least {needed} non-matching pairs (3 / rate); got {count}. "
+            f"a false-accept rate of {far:g} needs at least {needed:,} non-matching pairs (3 / rate); got {count:,}. "
             f"Add pairs{instead}"
         )
     return metrics.threshold_at_far(impostor_scores, far)

@@ -1,0 +1,63 @@
+"""The demo does the whole job; its figures at full length are held to what the README says."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import Runner
+from vitembed.demo import CHOOSING, QUERIES, TRAINED, Digits, run_demo
+from vitembed.embedder import Embedder
+from vitembed.index import Index
+
+
+def test_the_digits_are_scikit_learns_and_the_split_shares_no_image() -> None:
+    digits = Digits.load()
+    assert digits.images.shape == (1797, 8, 8)
+    assert digits.images.max() == 255
+    known = {image.tobytes() for image in digits[:TRAINED].images}
+    assert all(image.tobytes() not in known for image in digits[TRAINED:].images)
+    assert len(np.unique(digits[TRAINED - CHOOSING : TRAINED].labels)) == 10
+
+
+def test_a_short_demo_makes_model_index_verifier_and_report(tmp_path: Path) -> None:
+    said: list[str] = []
+    result = run_demo(tmp_path / "demo", epochs=2, say=said.append, progress=False)
+    figures = json.loads((tmp_path / "demo" / "figures.json").read_text())
+    assert figures["eer"] == result.reports["trained"].verification.eer
+    # Known figures of raw pixels: an oracle for the protocol that does not depend on the network.
+    assert figures["raw pixels"]["eer"] == pytest.approx(0.213, abs=0.002)
+    assert figures["raw pixels"]["recall@1"] == pytest.approx(0.990, abs=0.002)
+    assert figures["raw pixels"]["queries"] == 597
+    assert figures["eer"] < figures["untrained"]["eer"]
+    assert any("equal error rate" in line for line in said)
+
+    model = Embedder.from_pretrained(tmp_path / "demo" / "model")
+    with Index.open(tmp_path / "demo" / "digits.index") as index:
+        assert len(index) == 597 - QUERIES
+        index.require_model(model.fingerprint)
+    page = (tmp_path / "demo" / "report.html").read_text()
+    for words in ("raw pixels", "untrained", "trained", "query ", "Attention rollout", "vitembed train PHOTOS"):
+        assert words in page
+    assert len(re.findall(r"<img ", page)) > 60
+
+    again = run_demo(tmp_path / "demo", epochs=1, say=said.append, progress=False)
+    assert again.folder == result.folder  # replaces what the first run left
+
+
+def test_the_command_prints_figures_and_the_next_commands(cli: Runner, tmp_path: Path) -> None:
+    outcome = cli("demo", "--out", tmp_path / "demo", "--epochs", 1)
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.count("recall@1") == 3
+    assert len(re.findall(r"^    vitembed ", outcome.out, flags=re.MULTILINE)) == 3
+    as_json = cli("demo", "--out", tmp_path / "demo", "--epochs", 1, "--json")
+    assert {"eer", "recall@1", "raw pixels", "untrained"} <= set(as_json.json)
+
+
+def test_a_demo_that_cannot_write_is_one_clear_error(cli: Runner, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    outcome = cli("demo", "--out", tmp_path / "file" / "demo", "--epochs", 1)
+    assert outcome.status == 2
+    assert outcome.err.splitlines()[-1].startswith("vitembed: error: ")

@@ -1,0 +1,112 @@
+"""A class and its arguments from one line of text: `MultiSimilarityLoss(alpha=2, base=0.5)`.
+
+The text is read as a Python call whose arguments are literals; nothing is evaluated. Arguments are checked before the
+class sees them, because pytorch-metric-learning hands unknown keywords from constructor to constructor and takes
+some mistyped values (`type_of_triplets="semi_hard"`) for another one.
+"""
+
+import ast
+import inspect
+from collections.abc import Mapping
+from typing import TypeVar
+
+from vitembed.errors import ConfigError, unknown_name
+
+_Made = TypeVar("_Made")
+
+# What pytorch-metric-learning accepts, for the parameters whose values it does not check itself.
+_CHOICES = {"type_of_triplets": ("all", "easy", "hard", "semihard"), "triplets_per_anchor": ("all",)}
+
+# Parameters that take a number beside the words above.
+_WORD_OR_NUMBER = {"triplets_per_anchor"}
+
+# Parameters whose values are objects, which a line of text cannot name.
+_OBJECTS = {"loss", "losses", "miner", "miners", "distance", "reducer", "weight_init_func"}
+
+
+def parse_call(spec: str, kind: str) -> tuple[str, dict[str, object]]:
+    """Split `Name` or `Name(key=literal, ...)` into the name and the arguments.
+
+    >>> parse_call("MultiSimilarityLoss(alpha=2, base=0.5)", "loss")
+    ('MultiSimilarityLoss', {'alpha': 2, 'base': 0.5})
+
+    Args:
+        spec: the text.
+        kind: what it names, for the error: "loss", "miner".
+
+    Raises:
+        ConfigError: it is anything else than such a call.
+    """
+    wanted = f"a {kind} is written Name or Name(key=value, ...) with plain values; got {spec!r}"
+    try:
+        node = ast.parse(spec.strip(), mode="eval").body
+        if isinstance(node, ast.Name):
+            return node.id, {}
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)) or node.args:
+            raise ConfigError(wanted)
+        return node.func.id, {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(wanted) from error
+
+
+def construct(cls: type[_Made], arguments: Mapping[str, object], offered: Mapping[str, object] | None = None) -> _Made:
+    """Call a class with keyword arguments that are checked against its constructors.
+
+    Args:
+        cls: the class; where its constructor passes keywords on, its bases' constructors count, too.
+        arguments: name to value.
+        offered: values for parameters that the class requires and `arguments` lacks; the rest is left unused.
+
+    Raises:
+        ConfigError: an argument is unknown, missing, of another type, or refused by the class.
+    """
+    parameters = _parameters(cls)
+    for name, value in arguments.items():
+        if name not in parameters:
+            raise unknown_name(f"argument of {cls.__name__}", name, parameters)
+        _check_value(cls.__name__, parameters[name], value)
+    required = [name for name, p in parameters.items() if p.default is p.empty]
+    given = {name: value for name, value in (offered or {}).items() if name in required} | dict(arguments)
+    if missing := [name for name in required if name not in given]:
+        raise ConfigError(f"{cls.__name__} needs a value for {', '.join(missing)}")
+    try:
+        return cls(**given)
+    except (TypeError, ValueError, AssertionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{cls.__name__} does not take these arguments: {reason}") from error
+
+
+def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """Return the named parameters of the constructor and of those that it passes its keywords on to."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        constructor = vars(base).get("__init__")
+        if constructor is None:
+            continue
+        parameters = list(inspect.signature(constructor).parameters.values())[1:]
+        for p in parameters:
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+                found.setdefault(p.name, p)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+def _check_value(owner: str, parameter: inspect.Parameter, value: object) -> None:
+    """Refuse a value that is not of the default's type, or not one of the words that the parameter knows."""
+    name, default = parameter.name, parameter.default
+    if name in _OBJECTS or name.endswith("_regularizer"):
+        if value is not None:
+            raise ConfigError(f"{owner}: {name} must be an object; build the {owner} in Python and pass it instead")
+    elif isinstance(default, str):
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        if not isinstance(value, str) and not (is_number and name in _WORD_OR_NUMBER):
+            raise ConfigError(f"{owner}: {name} must be a word such as {default!r}; got {value!r}")
+        if isinstance(value, str) and name in _CHOICES and value not in _CHOICES[name]:
+            raise unknown_name(f"{name} of {owner}", value, _CHOICES[name])
+    elif isinstance(value, str) or (isinstance(default, int | float) and not isinstance(value, int | float)):
+        raise ConfigError(f"{owner}: {name} must be a number; got {value!r}")
