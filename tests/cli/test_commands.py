@@ -276,6 +276,9 @@ def test_unknown_commands_and_no_command(cli: Runner) -> None:
     assert "Missing argument" in one_line(cli("evaluate"))
     assert cli("--version").out.startswith("vitembed ")
     assert "Commands" in cli("--help").out
+    for nothing in (cli(), cli("index")):
+        assert (nothing.status, nothing.err) == (0, "")
+        assert "Commands" in nothing.out
 
 
 def test_the_installed_command_exits_with_the_status(world: Path, tmp_path: Path) -> None:

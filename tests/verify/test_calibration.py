@@ -52,7 +52,7 @@ def test_the_rule_of_three_bounds_an_error_free_threshold(far):
     scores = np.linspace(-1, 1, needed)
     threshold_for_far(scores, far)
     with pytest.raises(
-        VerifierError, match=rf"needs at least {needed} non-matching pairs \(3 / rate\); got {needed - 1}"
+        VerifierError, match=rf"needs at least {needed:,} non-matching pairs \(3 / rate\); got {needed - 1:,}"
     ):
         threshold_for_far(scores[1:], far)
 

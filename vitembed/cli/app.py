@@ -74,7 +74,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except VitembedError as error:
         return _fail(str(error))
     except typer.TyperException as error:
-        return _fail(error.format_message())
+        message = error.format_message()
+        return _fail(message) if message else 0  # without arguments a group shows its help, which is no error
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}")
