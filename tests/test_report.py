@@ -128,6 +128,17 @@ def test_the_histogram_draws_both_kinds_and_the_threshold() -> None:
     assert greenish(right) > reddish(right)
 
 
+@pytest.mark.parametrize(
+    ("scores", "is_match"),
+    [([0.1, 0.2], [False, False]), ([0.9], [True]), ([], []), ([-1.0, np.float32(1.0000001)], [False, True])],
+    ids=["no match", "one match", "nothing", "just above one"],
+)
+def test_the_histogram_is_drawn_without_one_kind_and_at_the_ends(scores: list[float], is_match: list[bool]) -> None:
+    image = np.asarray(decoded(plots.plot_score_histogram(scores, is_match, 0.5))).astype(int)
+    assert bool(((image[..., 0] - image[..., 1]) > 30).any()) == (False in is_match)  # reddish bars
+    assert bool(((image[..., 1] - image[..., 0]) > 30).any()) == (True in is_match)  # greenish bars
+
+
 def test_an_overlay_keeps_the_shape_and_is_strongest_where_the_weight_is() -> None:
     heat = np.zeros((3, 6))
     heat[1, 4] = 5

@@ -55,20 +55,20 @@ def plot_score_histogram(scores: ArrayLike, is_match: ArrayLike, threshold: floa
     """Draw how the scores of matching and of non-matching pairs are distributed, with the threshold between them.
 
     Args:
-        scores: (P,) cosines in [-1, 1].
-        is_match: (P,) bool.
+        scores: (P,) cosines in [-1, 1]; those of float32 that rounding has put just above 1 count as 1.
+        is_match: (P,) bool; a kind that has no pair is left out.
         threshold: pairs of at least this score are accepted.
 
     Returns:
         A PNG; both histograms have an area of one, as there are far more non-matching pairs.
     """
-    values, match = np.asarray(scores, dtype=np.float64), np.asarray(is_match, dtype=np.bool_)
+    values, match = np.clip(np.asarray(scores, dtype=np.float64), -1, 1), np.asarray(is_match, dtype=np.bool_)
     figure, (axes,) = _figure(1, size=(7, 3.2))
-    edges = np.linspace(min(-0.05, values.min()), 1, 81)
+    edges = np.linspace(values.min(initial=-0.05), 1, 81)
     for chosen, label, colour in ((~match, "non-matching pairs", NON_MATCH), (match, "matching pairs", MATCH)):
-        axes.hist(
-            values[chosen], edges.tolist(), density=True, color=colour, alpha=0.55, label=f"{label} ({chosen.sum():,})"
-        )
+        if chosen.any():  # nothing has no density
+            text = f"{label} ({chosen.sum():,})"
+            axes.hist(values[chosen], edges.tolist(), density=True, color=colour, alpha=0.55, label=text)
     axes.axvline(threshold, color="black", linewidth=1.2, label=f"threshold {threshold:.3f}")
     axes.set(xlabel="cosine similarity", ylabel="density")
     axes.legend(frameon=False, fontsize=8)

@@ -23,7 +23,7 @@ body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var
   max-width: 62rem; padding: 2rem 1.2rem 4rem; }
 h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.6rem 0 .4rem; }
 p { max-width: 44rem; } .faint, figcaption { color: var(--faint); font-size: .88rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.table { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem 1.4rem .3rem 0; border-bottom: 1px solid var(--line); }
 td, th[scope=col]:not(:first-child) { text-align: right; }
 figure { margin: 1rem 0; } figure > img { max-width: 100%; background: #fff; border-radius: 4px; }
@@ -89,7 +89,9 @@ class Page:
             + "</tr>"
             for row in rows
         )
-        self._parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        # On a phone a wide table is scrolled by itself, also with the keyboard, and the page stays as wide as it is.
+        self._parts.append(f'<div class=table tabindex=0 role=region aria-label="table">{table}</div>')
 
     def figure(self, png: bytes, caption: str) -> None:
         """Add a picture with a caption, which is its description for those who cannot see it."""

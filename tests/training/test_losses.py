@@ -1,0 +1,425 @@
+"""The losses against pytorch-metric-learning, plain loops, and what must not change them; losses and miners by name."""
+
+import math
+import sys
+
+import pytest
+import torch
+from pytorch_metric_learning import losses, miners
+from pytorch_metric_learning.distances import LpDistance
+from torch import Tensor, nn
+
+from vitembed.errors import ConfigError, MissingExtraError, VectorError
+from vitembed.training import triplet
+from vitembed.training.losses import ContrastiveLoss, TripletLoss, build_loss, build_miner
+from vitembed.training.triplet import exact_triplets
+
+MININGS = ["all", "hard", "semihard"]
+
+# Class sizes: as training draws them; ragged with singletons; few large ones; two.
+LABELS = {
+    "4 each": [i // 4 for i in range(64)],
+    "ragged": [0] * 9 + [7] * 2 + [5] + [-3] * 17 + [2] * 2 + [8] + [9] * 5 + [11] + [12] * 2,
+    "large": [i % 3 for i in range(90)],
+    "two": [int(i > 30) for i in range(60)],
+    "one negative": [1] * 12 + [2],
+}
+
+
+def batch(name: str, *, dim: int = 16, pull: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return float64 embeddings of many lengths, shuffled, drawn to their class's centre by `pull`, and labels."""
+    random = torch.Generator().manual_seed(seed)
+    labels = torch.tensor(LABELS[name])[torch.randperm(len(LABELS[name]), generator=random)]
+    centres = torch.randn(50, dim, generator=random, dtype=torch.float64)
+    embeddings = torch.randn(len(labels), dim, generator=random, dtype=torch.float64) + pull * centres[labels]
+    return embeddings * torch.rand(len(labels), 1, generator=random, dtype=torch.float64).add(0.1), labels
+
+
+def value_and_gradient(loss: nn.Module, embeddings: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    leaf = embeddings.clone().requires_grad_()
+    value = loss(leaf, *args)
+    value.backward()
+    assert leaf.grad is not None
+    return value.detach(), leaf.grad
+
+
+def peer_triplets(embeddings: Tensor, labels: Tensor, margin: float, mining: str) -> tuple[Tensor, Tensor]:
+    tuples = miners.TripletMarginMiner(margin=margin, type_of_triplets=mining)(embeddings, labels)
+    return value_and_gradient(losses.TripletMarginLoss(margin=margin), embeddings, labels, tuples)
+
+
+def close(ours: tuple[Tensor, Tensor], peer: tuple[Tensor, Tensor], tolerance: float) -> None:
+    """Both values and both gradients agree, relative to their size."""
+    assert math.isclose(ours[0].item(), peer[0].item(), rel_tol=tolerance, abs_tol=1e-12)
+    assert (ours[1] - peer[1]).norm() <= tolerance * peer[1].norm() + 1e-12
+
+
+@pytest.fixture(params=["comparison", "search"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run with each way to count, whatever the class sizes."""
+    monkeypatch.setattr(triplet, "SEARCH_FROM", 2 if request.param == "search" else 10**9)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("pull", [0.0, 1.0])
+@pytest.mark.parametrize("margin", [0.05, 0.2, 1.0])
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("name", LABELS)
+@pytest.mark.usefixtures("kernel")
+def test_triplet_loss_equals_the_peer_in_value_and_gradient(name: str, mining: str, margin: float, pull: float) -> None:
+    embeddings, labels = batch(name, pull=pull)
+    ours = value_and_gradient(TripletLoss(margin, mining), embeddings, labels)  # type: ignore[arg-type]
+    close(ours, peer_triplets(embeddings, labels, margin, mining), 1e-9)
+
+
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize(("size", "dim", "pull"), [(1200, 384, 0.0), (1200, 384, 0.7), (300, 64, 1.0)])
+def test_float32_is_as_near_as_1e5_at_a_size_of_several_blocks(mining: str, size: int, dim: int, pull: float) -> None:
+    random = torch.Generator().manual_seed(1)
+    labels = torch.arange(size) // 4
+    embeddings = torch.randn(size, dim, generator=random) + pull * torch.randn(size, dim, generator=random)[labels]
+    ours = value_and_gradient(TripletLoss(0.2, mining), embeddings, labels)  # type: ignore[arg-type]
+    close(ours, peer_triplets(embeddings.double(), labels, 0.2, mining), 1e-5)
+
+
+@pytest.mark.parametrize("mining", MININGS)
+def test_triplet_loss_equals_a_plain_loop(mining: str) -> None:
+    embeddings, labels = batch("ragged", pull=0.5)
+    rows = nn.functional.normalize(embeddings)
+    terms, valid = [], 0
+    for a, p, n in torch.cartesian_prod(*[torch.arange(len(labels))] * 3).tolist():
+        if a == p or labels[a] != labels[p] or labels[a] == labels[n]:
+            continue
+        valid += 1
+        near, far = (rows[a] - rows[p]).norm().item(), (rows[a] - rows[n]).norm().item()
+        wanted = {"all": True, "hard": far <= near, "semihard": far > near}[mining]
+        if wanted and near + 0.2 - far > 0:
+            terms.append(near + 0.2 - far)
+    loss = TripletLoss(0.2, mining)  # type: ignore[arg-type]
+    assert math.isclose(loss(embeddings, labels).item(), sum(terms) / len(terms), rel_tol=1e-9)
+    assert math.isclose(loss.active_share.item(), len(terms) / valid, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 16, 63, 64, 1000])
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("name", ["ragged", "large", "two"])
+@pytest.mark.usefixtures("kernel")
+def test_the_size_of_the_blocks_changes_nothing(name: str, mining: triplet.Mining, block: int) -> None:
+    embeddings, labels = batch(name, pull=0.5)
+
+    def run(block: int | None) -> tuple[Tensor, Tensor]:
+        rows = nn.functional.normalize(embeddings).requires_grad_()
+        value, share = exact_triplets(rows, labels, margin=0.3, mining=mining, block=block)
+        value.backward()
+        assert rows.grad is not None
+        return torch.stack([value.detach(), share]), rows.grad
+
+    for whole, cut in zip(run(None), run(block), strict=True):
+        torch.testing.assert_close(cut, whole, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("name", ["4 each", "ragged", "two"])
+def test_the_gradient_is_the_derivative_of_the_value(name: str, mining: str) -> None:
+    embeddings, labels = batch(name, dim=3, pull=0.5)
+    embeddings, labels = embeddings[:20].requires_grad_(), labels[:20]
+    for loss in (TripletLoss(0.2, mining), ContrastiveLoss(0.3, 1.0, squared=True)):  # type: ignore[arg-type]
+        assert torch.autograd.gradcheck(lambda e, loss=loss: loss(e, labels), embeddings, eps=1e-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [TripletLoss(), TripletLoss(mining="semihard"), ContrastiveLoss()], ids=str)
+def test_the_order_of_a_batch_changes_nothing(loss: nn.Module) -> None:
+    embeddings, labels = batch("ragged", pull=0.5)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(3))
+    value, gradient = value_and_gradient(loss, embeddings, labels)
+    shuffled = value_and_gradient(loss, embeddings[order], labels[order])
+    close(shuffled, (value, gradient[order]), 1e-12)
+
+
+@pytest.mark.parametrize("loss", [TripletLoss(), ContrastiveLoss()], ids=str)
+def test_the_lengths_of_embeddings_and_the_numbers_of_classes_change_nothing(loss: nn.Module) -> None:
+    embeddings, labels = batch("4 each", pull=0.5)
+    value = loss(embeddings, labels)
+    torch.testing.assert_close(loss(embeddings * torch.rand(len(labels), 1).add(1), labels * -1_000_003), value)
+    torch.testing.assert_close(loss(embeddings, labels.to(torch.int16)), value)
+
+
+@pytest.mark.parametrize("labels", [[], [3], [5] * 6, list(range(6)), [1, 1, 2, 2]], ids=str)
+@pytest.mark.parametrize("mining", MININGS)
+def test_no_active_triplet_gives_zero_with_a_gradient_of_zeros(labels: list[int], mining: str) -> None:
+    # The last batch has triplets, none of them active: each class is one point, opposite to the other.
+    embeddings = torch.randn(len(labels), 4) if labels != [1, 1, 2, 2] else torch.eye(2)[[0, 0, 1, 1]]
+    loss = TripletLoss(mining=mining)  # type: ignore[arg-type]
+    value, gradient = value_and_gradient(loss, embeddings, torch.tensor(labels, dtype=torch.int64))
+    assert value.item() == 0
+    assert loss.active_share.item() == 0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.usefixtures("kernel")
+def test_duplicate_images_agree_with_the_peer_and_have_finite_gradients(mining: str, dtype: torch.dtype) -> None:
+    embeddings, labels = batch("4 each")
+    embeddings[labels == 1] = embeddings[0]  # as positives, and as negatives with a wrong label
+    embeddings[labels == 2] = embeddings[5]
+    embeddings = embeddings.to(dtype)
+    ours = value_and_gradient(TripletLoss(0.2, mining), embeddings, labels)  # type: ignore[arg-type]
+    assert ours[1].isfinite().all()
+    close(ours, peer_triplets(embeddings, labels, 0.2, mining), 1e-3 if dtype == torch.float32 else 1e-6)
+
+
+def test_a_network_that_has_collapsed_gives_finite_gradients_and_the_margin_as_loss() -> None:
+    embeddings = torch.ones(64, 32) + 1e-6 * torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    value, gradient = value_and_gradient(TripletLoss(0.2), embeddings, torch.arange(64) // 4)
+    assert math.isclose(value.item(), 0.2, rel_tol=1e-2)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", [TripletLoss(), TripletLoss(mining="hard"), ContrastiveLoss()], ids=str)
+def test_nan_in_an_embedding_is_nan_in_the_loss(loss: nn.Module) -> None:
+    embeddings, labels = batch("4 each")
+    embeddings[3, 2] = torch.nan
+    assert loss(embeddings, labels).isnan()
+
+
+@pytest.mark.parametrize("loss", [TripletLoss(mining="semihard"), ContrastiveLoss()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(loss: nn.Module, dtype: torch.dtype) -> None:
+    embeddings, labels = batch("4 each", pull=0.5)
+    half = embeddings.to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value, gradient = value_and_gradient(loss, half, labels)
+    expected, reference = value_and_gradient(loss, half.float(), labels)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, expected)
+    torch.testing.assert_close(gradient, reference.to(dtype))
+
+
+def test_a_compiled_loss_is_the_same_loss() -> None:
+    embeddings, labels = batch("4 each", pull=0.5)
+    loss = TripletLoss()
+    compiled = torch.compile(lambda e, y: loss(e, y), backend="eager")
+    assert torch.equal(compiled(embeddings, labels), loss(embeddings, labels))
+
+
+def test_without_gradients_the_value_is_the_same() -> None:
+    embeddings, labels = batch("ragged", pull=0.5)
+    value, _ = value_and_gradient(TripletLoss(), embeddings, labels)
+    with torch.no_grad():
+        assert torch.equal(TripletLoss()(embeddings, labels), value)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    embeddings, labels = batch("4 each")
+    loss = TripletLoss()(embeddings.requires_grad_(), labels)
+    with pytest.raises(ConfigError, match="no second derivative"):
+        torch.autograd.grad(loss, embeddings, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    "miner",
+    [
+        miners.TripletMarginMiner(margin=0.3, type_of_triplets="semihard"),
+        miners.BatchHardMiner(distance=LpDistance()),
+        miners.MultiSimilarityMiner(),
+    ],
+    ids=lambda miner: type(miner).__name__,
+)
+@pytest.mark.parametrize(
+    ("ours", "peer"),
+    [(TripletLoss(0.3), losses.TripletMarginLoss(margin=0.3)), (ContrastiveLoss(0.1), losses.ContrastiveLoss(0.1))],
+    ids=["triplet", "contrastive"],
+)
+def test_a_miners_choice_is_computed_as_the_peer_does(ours: nn.Module, peer: nn.Module, miner: nn.Module) -> None:
+    embeddings, labels = batch("ragged", pull=0.5)
+    tuples = miner(embeddings, labels)
+    close(
+        value_and_gradient(ours, embeddings, labels, tuples), value_and_gradient(peer, embeddings, labels, tuples), 1e-9
+    )
+
+
+def test_no_tuples_give_zero_with_a_gradient_of_zeros() -> None:
+    embeddings, labels = batch("4 each")
+    none = torch.empty(0, dtype=torch.int64)
+    for loss in (TripletLoss(), ContrastiveLoss()):
+        value, gradient = value_and_gradient(loss, embeddings, labels, (none, none, none))
+        assert value.item() == 0
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("margins", [(0.0, 1.0), (0.4, 1.5), (0.0, 0.1)])
+@pytest.mark.parametrize("pull", [0.0, 1.0])
+@pytest.mark.parametrize("name", LABELS)
+def test_contrastive_loss_equals_the_peer(name: str, margins: tuple[float, float], pull: float) -> None:
+    embeddings, labels = batch(name, pull=pull)
+    embeddings[1] = embeddings[0]
+    peer = losses.ContrastiveLoss(*margins)
+    ours = value_and_gradient(ContrastiveLoss(*margins), embeddings, labels)
+    close(ours, value_and_gradient(peer, embeddings, labels), 1e-7)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_contrastive_loss_equals_a_plain_loop(squared: bool) -> None:
+    embeddings, labels = batch("ragged", pull=0.5)
+    rows = nn.functional.normalize(embeddings)
+    sides: dict[bool, list[float]] = {True: [], False: []}
+    for i in range(len(labels)):
+        for j in range(len(labels)):
+            same, distance = bool(labels[i] == labels[j]), (rows[i] - rows[j]).norm().item()
+            if i != j:
+                sides[same].append(max(0.0, distance - 0.2 if same else 1.1 - distance))
+    expected = 0.0
+    for terms in sides.values():
+        active = [t**2 / 2 if squared else t for t in terms if t > 0]
+        expected += sum(active) / len(active)
+    loss = ContrastiveLoss(0.2, 1.1, squared=squared)
+    assert math.isclose(loss(embeddings, labels).item(), expected, rel_tol=1e-9)
+    every = sides[True] + sides[False]
+    assert math.isclose(loss.active_share.item(), sum(t > 0 for t in every) / len(every), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [TripletLoss(), ContrastiveLoss()], ids=str)
+@pytest.mark.parametrize(
+    ("embeddings", "labels", "message"),
+    [
+        (torch.randn(4), torch.arange(4), r"embeddings must be floating-point of shape \(B, D\); got .* \(4,\)"),
+        (torch.ones(4, 2, dtype=torch.int64), torch.arange(4), "floating-point .* got torch.int64"),
+        (torch.randn(4, 2), torch.arange(3), r"labels must have shape \(4,\).* got \(3,\)"),
+        (torch.randn(4, 2), torch.zeros(4, 1, dtype=torch.int64), r"got \(4, 1\)"),
+        (torch.randn(4, 2), torch.randn(4), "integers .* got torch.float32"),
+        (torch.randn(4, 2), torch.ones(4, dtype=torch.bool), "integers .* got torch.bool"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_one_clear_error(
+    loss: nn.Module, embeddings: Tensor, labels: Tensor, message: str
+) -> None:
+    with pytest.raises(VectorError, match=message):
+        loss(embeddings, labels)
+
+
+@pytest.mark.parametrize("margin", [0, -1.0, math.nan, math.inf, "wide", True])
+def test_a_margin_must_be_a_finite_number_above_zero(margin: float) -> None:
+    with pytest.raises(ConfigError, match="margin must be"):
+        TripletLoss(margin)
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    embeddings, labels = batch("4 each")
+    index = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ConfigError, match="did you mean 'semihard'"):
+        TripletLoss(mining="semi_hard")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="negative_margin must be a finite number"):
+        ContrastiveLoss(negative_margin=math.inf)
+    with pytest.raises(ConfigError, match="use mining 'all'"):
+        TripletLoss(mining="hard")(embeddings, labels, (index, index, index))
+    with pytest.raises(VectorError, match="3 or 4 index tensors; got 2"):
+        ContrastiveLoss()(embeddings, labels, (index, index))
+
+
+def test_losses_by_name() -> None:
+    assert str(build_loss("triplet")) == "TripletLoss(margin=0.2, mining='all')"
+    assert str(build_loss("triplet(margin=0.1)", mining="hard")) == "TripletLoss(margin=0.1, mining='hard')"
+    contrastive = build_loss(" contrastive( squared=True, negative_margin = 0.5) ", num_classes=3, embedding_size=4)
+    assert str(contrastive) == "ContrastiveLoss(positive_margin=0.0, negative_margin=0.5, squared=True)"
+    similarity = build_loss("MultiSimilarityLoss(alpha=3, base=-0.5)")
+    assert isinstance(similarity, losses.MultiSimilarityLoss)
+    assert (similarity.alpha, similarity.base) == (3, -0.5)
+    assert isinstance(build_loss("TripletMarginLoss(triplets_per_anchor=5)"), losses.TripletMarginLoss)
+    proxies = build_loss("SubCenterArcFaceLoss(sub_centers=2)", num_classes=7, embedding_size=16)
+    assert isinstance(proxies, losses.SubCenterArcFaceLoss)
+    assert proxies.num_classes == 7
+    assert isinstance(build_loss("P2SGradLoss", num_classes=7, embedding_size=16), losses.P2SGradLoss)
+    given = losses.NTXentLoss()
+    assert build_loss(given, num_classes=7) is given
+
+
+def test_miners_by_name() -> None:
+    miner = build_miner("TripletMarginMiner(type_of_triplets='easy')", margin=0.3)
+    assert isinstance(miner, miners.TripletMarginMiner)
+    assert (miner.margin, miner.type_of_triplets) == (0.3, "easy")
+    embeddings, labels = batch("4 each")
+    assert len(miner(embeddings, labels)) == 3
+    assert build_miner(miner) is miner
+    ranges = build_miner("BatchEasyHardMiner(pos_strategy='hard', allowed_pos_range=(0.1, 1))")
+    assert isinstance(ranges, miners.BatchEasyHardMiner)
+
+
+BY_NAME = ["AngularLoss", "ArcFaceLoss", "CircleLoss", "CosFaceLoss", "FastAPLoss", "NCALoss", "NormalizedSoftmaxLoss"]
+BY_NAME += ["NTXentLoss", "ProxyAnchorLoss", "ProxyNCALoss", "SoftTripleLoss", "SphereFaceLoss", "SupConLoss"]
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_loss_by_name_trains(name: str) -> None:
+    labels = torch.arange(16) // 4
+    value, gradient = value_and_gradient(build_loss(name, num_classes=4, embedding_size=8), torch.randn(16, 8), labels)
+    assert value.isfinite()
+    assert gradient.any()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("tripelt", "unknown loss 'tripelt'; did you mean 'triplet'"),
+        ("MultiSimilarity", "did you mean 'MultiSimilarityLoss'"),
+        ("CrossBatchMemory", "unknown loss"),
+        ("BaseMetricLossFunction", "unknown loss"),
+        ("triplet(margn=0.1)", "unknown argument of TripletLoss 'margn'; did you mean 'margin'"),
+        ("triplet(mining='semi_hard')", "unknown mining 'semi_hard'; did you mean 'semihard'"),
+        ("triplet(margin='0.1')", "margin must be a number; got '0.1'"),
+        ("triplet(mining=3)", "mining must be a word such as 'all'; got 3"),
+        ("MultiSimilarityLoss(aplha=2)", "did you mean 'alpha'"),
+        ("MultiSimilarityLoss(alpha=[2])", "alpha must be a number"),
+        ("MultiSimilarityLoss(mat_based_loss=True)", "does not take these arguments"),
+        ("MultiSimilarityLoss(distance='CosineSimilarity')", "distance must be an object"),
+        ("ContrastiveLoss(embedding_regularizer=3)", "embedding_regularizer must be an object"),
+        ("TripletMarginLoss(triplets_per_anchor='al')", "did you mean 'all'"),
+        ("TripletMarginLoss(swap='yes')", "swap must be a number"),
+        ("PNPLoss(variant='X')", "variant=X but must be one of"),
+        ("ArcFaceLoss", "ArcFaceLoss needs a value for num_classes, embedding_size"),
+        ("triplet(0.1)", "a loss is written Name"),
+        ("triplet(margin=__import__('os').getcwd())", "a loss is written Name"),
+        ("triplet(**{'margin': 1})", "unknown argument of TripletLoss 'None'"),
+        ("triplet(margin=0.1", "a loss is written Name"),
+        ("losses.triplet()", "a loss is written Name"),
+        ("", "a loss is written Name"),
+    ],
+)
+def test_a_wrong_loss_spec_is_one_clear_error(spec: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_loss(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("TripletMarginMiner(type_of_triplets='semi_hard')", "unknown type_of_triplets .* did you mean 'semihard'"),
+        ("TripletMarginMinr", "did you mean 'TripletMarginMiner'"),
+        ("triplet", "unknown miner 'triplet'"),
+        ("BatchHardMiner(pos_strategy='easy')", "does not take these arguments"),
+        ("BatchEasyHardMiner(pos_strategy='eassy')", "pos_strategy must be one of"),
+        ("MultiSimilarityMiner(epsilon=0.1, margin=2)", "unknown argument of MultiSimilarityMiner 'margin'"),
+    ],
+)
+def test_a_wrong_miner_spec_is_one_clear_error(spec: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_miner(spec)
+
+
+def test_settings_cannot_change_an_object() -> None:
+    with pytest.raises(ConfigError, match="margin must be set when making it"):
+        build_loss(TripletLoss(), margin=0.3)
+    with pytest.raises(ConfigError, match="a miner must be its name or an object"):
+        build_miner(3)  # type: ignore[call-overload]
+
+
+def test_without_the_peer_our_own_losses_work_and_others_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "pytorch_metric_learning"]:
+        monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
+    assert isinstance(build_loss("contrastive"), ContrastiveLoss)
+    with pytest.raises(ConfigError, match="did you mean 'triplet'"):
+        build_loss("tripelt")
+    with pytest.raises(MissingExtraError, match=r"the loss NTXentLoss needs .* 'vitembed\[metric-learning\]'"):
+        build_loss("NTXentLoss")
+    with pytest.raises(MissingExtraError, match="the miner BatchHardMiner needs"):
+        build_miner("BatchHardMiner")
