@@ -34,7 +34,7 @@ def print_table(rows: Sequence[Sequence[object]]) -> None:
 
 def print_figures(figures: Mapping[str, object]) -> None:
     """Print named values, one a line."""
-    print_table([(name, value) for name, value in figures.items()])
+    print_table([(name, _to_text(value)) for name, value in figures.items()])
 
 
 def warn(message: str) -> None:

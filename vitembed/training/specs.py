@@ -69,13 +69,14 @@ def construct(cls: type[_Made], arguments: Mapping[str, object], offered: Mappin
         _check_value(cls.__name__, parameters[name], value)
     required = [name for name, p in parameters.items() if p.default is p.empty]
     given = {name: value for name, value in (offered or {}).items() if name in required} | dict(arguments)
-    if missing := [name for name in required if name not in given]:
-        raise ConfigError(f"{cls.__name__} needs a value for {', '.join(missing)}")
     try:
+        # What a base requires its subclass may fill in itself, so that only the call can tell what is missing.
         return cls(**given)
     except (TypeError, ValueError, AssertionError) as error:
         if isinstance(error, ConfigError):
             raise
+        if missing := [name for name in required if name not in given and f"'{name}'" in str(error)]:
+            raise ConfigError(f"{cls.__name__} needs a value for {', '.join(missing)}") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{cls.__name__} does not take these arguments: {reason}") from error
 

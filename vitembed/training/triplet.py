@@ -23,7 +23,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from vitembed.errors import ConfigError
 
 Mining = Literal["all", "hard", "semihard"]
 
@@ -172,7 +173,7 @@ class _Sweep:
         for anchors in self.blocks:
             active = anchors.active.to(self.wide)
             number += active.sum()
-            self.total += active.mul_(anchors.distances + self.margin).sum()
+            self.total += (active * (anchors.distances + self.margin)).sum()
         if self.with_grad:
             for group, distances in zip(self.layout.groups, self.positives, strict=True):
                 self._positives(*group, distances)
@@ -300,8 +301,10 @@ class _ExactTriplets(torch.autograd.Function):
         return (total * scale + poison).to(rows.dtype), number
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+        if torch.is_grad_enabled():
+            # The saved gradient is a constant to autograd: a second derivative would come out wrong without a word.
+            raise ConfigError("TripletLoss has no second derivative: call backward without create_graph=True")
         (grad,) = ctx.saved_tensors
         return grad * grad_loss, None, None, None, None
 
@@ -324,7 +327,7 @@ def exact_triplets(
         such triplet, NaN when a row is.
     """
     if block is None:
-        block = 512 if rows.device.type == "cpu" else 4096
+        block = 768 if rows.device.type == "cpu" else 4096
     layout = ClassLayout.of(labels, rows.device)
     loss, number = _ExactTriplets.apply(rows, layout, margin, mining, block)
     return loss, (number / max(layout.triplets, 1)).to(torch.float32)
