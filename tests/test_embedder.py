@@ -69,6 +69,11 @@ def test_one_image_alone_and_an_array_of_images(photos: list[Path]) -> None:
     assert model.encode(picture(0)).shape == (1, 24)
     assert model.encode(np.stack([picture(0), picture(1)])).shape == (2, 24)
     assert model.encode([]).shape == (0, 24)
+    assert model.encode(path for path in photos).shape == (7, 24)
+    np.testing.assert_allclose(model.encode(np.array([str(p) for p in photos])), model.encode(photos), atol=1e-6)
+    for nothing in (None, 3, b"x.png"):
+        with pytest.raises(ConfigError, match="expected images"):
+            model.encode(nothing)  # type: ignore[arg-type]
 
 
 def test_a_broken_image_is_an_error_of_encode_and_a_value_of_stream(photos: list[Path]) -> None:
@@ -205,6 +210,25 @@ def test_an_edited_config_is_refused_not_ignored(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(CheckpointError, match="delete it"):
         Embedder.from_pretrained(tmp_path)
+    path.write_text("[]")
+    with pytest.raises(CheckpointError, match="delete it"):
+        Embedder.from_pretrained(tmp_path)
+
+
+def test_a_kill_between_the_files_leaves_a_model_that_loads(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    stale = (tmp_path / "config.json").read_text()
+    new = tiny(pooling="mean", dim=7)
+    new.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(stale)
+    assert Embedder.from_pretrained(tmp_path).fingerprint == new.fingerprint
+
+
+def test_the_files_may_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
 
 
 def test_damaged_weights_are_one_clear_error(tmp_path: Path) -> None:
@@ -235,6 +259,10 @@ def test_files_of_others_and_newer_formats_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"vitembed": '{"format": 2}'})
     with pytest.raises(CheckpointError, match="format 2"):
         Embedder.from_pretrained(tmp_path)
+    for header, words in (("{", "no JSON"), ("[]", "no JSON object"), ('{"format": 1}', "lacks dim, fingerprint")):
+        save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"vitembed": header})
+        with pytest.raises(CheckpointError, match=words):
+            Embedder.from_pretrained(tmp_path)
 
 
 def test_a_mismatch_names_both_sides(tmp_path: Path) -> None:
@@ -252,6 +280,10 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         tiny(dim=0)
     with pytest.raises(ConfigError, match="cannot be used here"):
         tiny(device="gpu")
+    with pytest.raises(ConfigError, match="cannot be used here"):
+        tiny(device="meta")
+    with pytest.raises(ConfigError, match="batch_size"):
+        tiny().encode([picture(0)], batch_size=2.5)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="batch_size"):
         tiny().encode([picture(0)], batch_size=0)
     with pytest.raises(ConfigError, match="workers"):

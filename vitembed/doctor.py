@@ -84,7 +84,9 @@ def _devices() -> Finding:
 def _threads() -> Finding:
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from vitembed.embedder import available_cores
+
+    cores = available_cores()
     threads = torch.get_num_threads()
     found = f"{threads} threads of torch on {cores} cores"
     if threads > cores:

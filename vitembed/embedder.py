@@ -8,7 +8,7 @@ verifier can tell whose embeddings it holds.
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -177,7 +177,7 @@ class Embedder:
 
     def encode(
         self,
-        images: Sequence[ImageSource] | ImageSource,
+        images: Iterable[ImageSource] | ImageSource,
         *,
         batch_size: int = 64,
         progress: bool = False,
@@ -187,7 +187,7 @@ class Embedder:
 
         Args:
             images: paths, PIL images or arrays (see `vitembed.images.load_image`), mixed as you like; or one of them.
-            batch_size: images in one pass of the network; changes speed and memory, not the result.
+            batch_size: images in one pass of the network; changes speed and memory, the result only by rounding (1e-6).
             progress: show a progress bar on standard error.
             workers: processes that read and resize; None decides by the number of paths, 0 uses this process.
 
@@ -219,12 +219,12 @@ class Embedder:
             ConfigError: if `batch_size` is below 1 or `workers` below 0.
             VectorError: if the network gives NaN or infinity.
         """
-        if batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1; got {batch_size}")
-        if workers is not None and workers < 0:
-            raise ConfigError(f"workers must not be negative; got {workers}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError(f"batch_size must be a whole number of at least 1; got {batch_size!r}")
+        if workers is not None and (not isinstance(workers, int) or workers < 0):
+            raise ConfigError(f"workers must be a whole number, not negative; got {workers!r}")
         if workers is None:
-            workers = _default_workers(images, batch_size)
+            workers = _workers_for(images, batch_size)
         return self._stream(_Decoder(images, self.preprocess), batch_size, workers)
 
     def embed_pixels(self, pixels: Tensor) -> NDArray[np.float32]:
@@ -258,12 +258,16 @@ class Embedder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot create the folder {path}: {error.strerror}") from error
-        config = {"format": FORMAT, **self._description(), "provenance": self.provenance}
-        header = {**config, "fingerprint": self.fingerprint}
-        weights.save_weights(path / "model.safetensors", self.network.state_dict(), header)
+        config = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            **self._description(),
+            "provenance": self.provenance,
+        }
+        weights.save_weights(path / "model.safetensors", self.network.state_dict(), config)
         atomic_write(path / "config.json", json.dumps(config, indent=2) + "\n")
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
-        card = model_card(config, dim=self.dim, parameters=parameters, fingerprint=header["fingerprint"])
+        card = model_card(config, dim=self.dim, parameters=parameters, fingerprint=config["fingerprint"])
         atomic_write(path / "README.md", card)
 
     @classmethod
@@ -282,6 +286,9 @@ class Embedder:
             raise CheckpointError(
                 f"{file} has format {header.get('format')!r}; this vitembed reads {FORMAT}: upgrade it"
             )
+        missing = {"vit", "pooling", "dim", "preprocess", "provenance", "fingerprint"} - header.keys()
+        if missing:
+            raise CheckpointError(f"{file} is damaged: its description lacks {', '.join(sorted(missing))}")
         _check_readable_copy(path / "config.json", header)
         preprocess = Preprocess.from_dict(header["preprocess"])
         network = EmbeddingNet(
@@ -348,24 +355,42 @@ def _collate(items: list[NDArray[np.uint8] | ImageError]) -> tuple[Tensor, list[
     return pixels, errors
 
 
-def _as_sequence(images: Sequence[ImageSource] | ImageSource) -> Sequence[ImageSource]:
-    """A single image becomes a sequence of one; an array of four dimensions, (N, H, W, C), is a sequence already."""
+def _as_sequence(images: Iterable[ImageSource] | ImageSource) -> Sequence[ImageSource]:
+    """Make a sequence of anything: one image, an array (N, H, W, C), an array of paths, a list, a generator."""
+    if isinstance(images, str | os.PathLike | Image.Image):
+        return [images]
     if isinstance(images, np.ndarray):
-        return list(images) if images.ndim == 4 else [images]
-    return [images] if isinstance(images, str | os.PathLike | Image.Image) else images
+        is_sequence = images.ndim == 4 or (images.ndim == 1 and images.dtype.kind in "UO")
+        return images.tolist() if images.ndim == 1 and is_sequence else list(images) if is_sequence else [images]
+    given: object = images
+    if isinstance(given, bytes) or not isinstance(given, Iterable):
+        raise ConfigError(f"expected images: paths, PIL images or arrays; got {type(given).__name__}")
+    return images if isinstance(images, Sequence) else list(images)
 
 
-def _default_workers(images: Sequence[ImageSource], batch_size: int) -> int:
+def _workers_for(images: Sequence[ImageSource], batch_size: int) -> int:
     """Starting processes pays for files of more than two batches; images in memory would only be copied around."""
     if len(images) <= 2 * batch_size or not isinstance(images[0], str | os.PathLike):
         return 0
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return default_workers()
+
+
+def available_cores() -> int:
+    """Return how many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers() -> int:
+    """Return how many processes decode images unless told otherwise: one a core, 8 at most."""
+    return min(8, available_cores())
 
 
 def _pick_device(device: str | torch.device | None) -> torch.device:
     if device is not None:
         try:
             picked = torch.device(device)
+            if picked.type == "meta":
+                raise RuntimeError("it holds no numbers")
             torch.empty(0, device=picked)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
@@ -377,16 +402,22 @@ def _pick_device(device: str | torch.device | None) -> torch.device:
 
 
 def _check_readable_copy(path: Path, header: Mapping[str, Any]) -> None:
-    """Refuse a config.json that somebody edited: the change would have no effect, which must not pass unsaid."""
+    """Refuse a config.json that somebody edited: the change would have no effect, which must not pass unsaid.
+
+    A copy with another fingerprint is that of an earlier model: saving was interrupted between the two files.
+    """
     if not path.is_file():
         return
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); delete it: the weights' file carries a copy") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is damaged (no JSON object); delete it: the weights' file carries a copy")
+    if config.get("fingerprint") != header["fingerprint"]:
+        return
     for key in ("vit", "pooling", "dim", "preprocess"):
-        # Through JSON, as tuples become lists there.
-        if not isinstance(config, dict) or config.get(key) != json.loads(json.dumps(header[key])):
+        if config.get(key) != header[key]:
             raise CheckpointError(
                 f"{path} and model.safetensors describe different models ({key!r} differs); "
                 "delete config.json to load the model as it was saved"

@@ -53,14 +53,17 @@ def attention_maps(model: Embedder, images: Sequence[ImageSource]) -> NDArray[np
     Raises:
         ImageError: for an image that cannot be read.
     """
-    network = model.network.eval()
+    network = model.network
     rows, columns = network.vit.config.grid
     if len(images) == 0:
         return np.empty((0, rows, columns), dtype=np.float32)
     pixels = torch.from_numpy(np.stack([model.preprocess(image) for image in images])).to(model.device)
+    was_training = network.training
+    network.eval()
     with torch.inference_mode():
         out = network.vit(network.normalise(pixels), attentions=True)
         rollout = attention_rollout(out.attentions)  # (N, T, T)
         of_embedding = rollout[:, 0] if network.pooling == "cls" else rollout[:, 1:].mean(dim=1)  # (N, T)
+    network.train(was_training)
     maps: NDArray[np.float32] = of_embedding[:, 1:].reshape(-1, rows, columns).cpu().numpy()
     return maps

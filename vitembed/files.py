@@ -60,7 +60,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         _check_target(path, target)
         temporary.touch(exist_ok=False)
+        mode = (target if target.exists() else temporary).stat().st_mode & 0o7777
         yield temporary
+        temporary.chmod(mode)  # some writers replace the file by one that only its owner may read
         _publish(temporary, target)
     except OSError as error:
         places = {str(temporary), str(target), str(target.parent)}
@@ -82,8 +84,6 @@ def _check_target(path: str | os.PathLike[str], target: Path) -> None:
 def _publish(temporary: Path, target: Path) -> None:
     """Force the temporary file to the disk, rename it over the target, and force the rename to the disk."""
     _sync(temporary, os.O_RDWR)
-    if target.exists():
-        temporary.chmod(target.stat().st_mode & 0o7777)
     temporary.replace(target)
     if os.name != "nt":  # Windows cannot open a folder, and needs no sync of it
         try:

@@ -349,7 +349,7 @@ class ViT(nn.Module):
         stem: Literal["linear", "conv"] = "linear",
         num_classes: int = 0,
     ) -> "ViT":
-        """Return an untrained network of a named size; the arguments are those of `ViTConfig.named`."""
+        """Return an untrained network of a named size; for the arguments see `ViTConfig.named`."""
         return cls(ViTConfig.named(name, image_size=image_size, channels=channels, stem=stem, num_classes=num_classes))
 
     def forward(self, images: Tensor, *, patches: bool = False, attentions: bool = False) -> ViTOutput:

@@ -62,6 +62,11 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise CheckpointError(f"there are no weights at {path}; expected a file that save_pretrained wrote")
     try:
+        with path.open("rb"):  # the library calls a file that may not be read missing
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
@@ -69,7 +74,12 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path} is damaged or no safetensors file ({error}); save the model again") from error
     if _HEADER_KEY not in header:
         raise CheckpointError(f"{path} holds tensors but no description of a vitembed model in its header")
-    description: dict[str, Any] = json.loads(header[_HEADER_KEY])
+    try:
+        description = json.loads(header[_HEADER_KEY])
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: its description is no JSON ({error})") from error
+    if not isinstance(description, dict):
+        raise CheckpointError(f"{path} is damaged: its description is no JSON object")
     return state, description
 
 

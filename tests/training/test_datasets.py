@@ -87,6 +87,8 @@ def test_parquet_without_its_package_names_the_extra(folder: Path, monkeypatch: 
         ("path,label\nlatin/a/0.png\n", "row 1: expected 2 fields"),
         ("path,label\nlatin/a/0.png,x,y\n", "row 1: expected 2 fields"),
         ("path,label\nlatin/a/0.png,\n", "row 1: the label is empty"),
+        ("path, label ,path\na,b,c\n", "column 'path' twice"),
+        ("path,label,split\nlatin/a/0.png,x,train\nlatin/a/0.png,x,val\n", "in train and in val"),
         ("path,label,split\nlatin/a/0.png,x,test\n", "row 1: split must be train or val; got 'test'"),
     ],
 )
@@ -125,6 +127,7 @@ def test_torchvision_data_sets_are_taken_as_they_are(folder: Path) -> None:
     dataset = ImageDataset.from_torchvision(torchvision_folder)
     ours = ImageDataset.load(folder / "latin")
     assert dataset.labels.tolist() == ours.labels.tolist()
+    assert dataset.classes == ours.classes == ("a", "b", "c")
     np.testing.assert_array_equal(GREY(dataset.images[5]), GREY(ours.images[5]))
     items = [(np.zeros((8, 8), np.uint8), "a"), (np.ones((8, 8), np.uint8), "b")]
     assert ImageDataset.from_torchvision(items).classes == ("a", "b")
@@ -132,6 +135,12 @@ def test_torchvision_data_sets_are_taken_as_they_are(folder: Path) -> None:
     assert len(ImageDataset.from_torchvision(fake)) == 4
     with pytest.raises(DataError, match="pairs"):
         ImageDataset.from_torchvision([1, 2])
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_a_missing_label_is_no_class(missing: object) -> None:
+    with pytest.raises(DataError, match="image 1 has no label"):
+        ImageDataset.from_arrays([np.zeros((8, 8), np.uint8)] * 2, ["a", missing])
 
 
 def test_tensors_of_targets_are_labels() -> None:
@@ -154,13 +163,19 @@ def test_held_out_classes_share_no_class_with_training(seed: int) -> None:
 def test_held_out_images_leave_two_of_a_class_on_both_sides() -> None:
     train, held = arrays([2, 3, 4, 10]).split("images", share=0.2, seed=0)
     assert held is not None
-    sizes = {name: int(n) for name, n in zip(train.classes, np.bincount(train.labels), strict=True)}
-    assert sizes == {"0": 2, "1": 2, "2": 2, "3": 8}
-    assert {name: int(n) for name, n in zip(held.classes, np.bincount(held.labels), strict=True)} == {
-        "1": 1,
-        "2": 2,
-        "3": 2,
-    }
+    assert dict(zip(train.classes, np.bincount(train.labels).tolist(), strict=True)) == {"0": 2, "1": 3, "2": 2, "3": 8}
+    assert dict(zip(held.classes, np.bincount(held.labels).tolist(), strict=True)) == {"2": 2, "3": 2}
+
+
+def test_classes_that_were_held_out_before_are_held_out_again() -> None:
+    dataset = arrays([3] * 20)
+    for seed in range(3):
+        train, held = dataset.split("classes", share=0.5, seed=seed, again=["3", "7", "unknown"])
+        assert held is not None
+        assert held.classes == ("3", "7")
+        assert len(train.classes) == 18
+    one, _ = dataset.split("classes", share=0.2, seed=1, again=["3"])  # one class is none to validate on
+    assert len(one.classes) == 16
 
 
 def test_a_split_in_the_data_goes_first() -> None:

@@ -77,7 +77,8 @@ def test_the_folder_holds_the_best_model_the_history_and_the_curve(tmp_path: Pat
     assert provenance["epoch"] == result.best_epoch
     assert provenance["validation recall@1"] == result.recall_at_1
     assert len(provenance["held-out classes"]) == 2
-    assert provenance["training classes"] == 6
+    assert len(provenance["trained classes"]) == 6
+    assert set(provenance["trained classes"]).isdisjoint(provenance["held-out classes"])
 
 
 def test_equal_seeds_give_equal_weights_and_others_do_not() -> None:
@@ -195,9 +196,53 @@ def test_an_earlier_model_is_overwritten_on_purpose_alone(tmp_path: Path) -> Non
     assert Embedder.from_pretrained(tmp_path).fingerprint != old.fingerprint
 
 
+def test_training_in_mixed_precision_leaves_the_embedder_as_it_is_saved(tmp_path: Path) -> None:
+    images = [np.full((8, 8), 9, np.uint8), np.eye(8, dtype=np.uint8) * 200]
+    for number, precision in enumerate(("bf16", "fp32", "bf16")):  # accelerate's settings belong to the process
+        model = embedder()
+        train(model, stripes(), config=TrainConfig(**QUICK, precision=precision), out=tmp_path / str(number))
+        loaded = Embedder.from_pretrained(tmp_path / str(number), device="cpu")
+        assert loaded.fingerprint == model.fingerprint
+        np.testing.assert_array_equal(loaded.encode(images), model.encode(images))
+
+
+def test_going_on_keeps_held_out_what_was_never_seen() -> None:
+    model = embedder()
+    train(model, stripes(), config=TrainConfig(**QUICK))
+    first, held = model.fingerprint, model.provenance["held-out classes"]
+    train(model, stripes(), config=TrainConfig(**QUICK, seed=5))
+    assert model.provenance["held-out classes"] == held
+    assert model.provenance["initialised from"] == first
+    train(model, stripes(), config=TrainConfig(**QUICK, validation="none"))
+    assert model.provenance["held-out classes"] == []
+    assert len(model.provenance["trained classes"]) == 8
+    train(model, stripes(), config=TrainConfig(**QUICK))
+    assert model.provenance["held-out classes"] == []  # all of them have been trained on by now
+
+
+def test_after_an_error_the_model_has_the_weights_of_its_best_epoch() -> None:
+    model = embedder()
+    steps = 0
+
+    def loss(embeddings: torch.Tensor, labels: torch.Tensor, tuples: object) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            raise KeyboardInterrupt
+        return TripletLoss()(embeddings, labels)
+
+    before = model.fingerprint
+    with pytest.raises(KeyboardInterrupt):
+        train(model, stripes(), loss=loss, config=TrainConfig(**{**QUICK, "epochs": 9}))
+    assert model.provenance["epoch"] == 1
+    assert model.fingerprint != before
+    assert not model.network.training
+
+
 def test_too_little_data_is_said_before_anything_is_done(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="at least 4 classes; got 1"):
         train(embedder(), stripes(classes=1), config=TrainConfig(**QUICK), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingError, match="cannot create"):
         train(embedder(), stripes(), config=TrainConfig(**QUICK), out=tmp_path / "file" / "run")
@@ -214,6 +259,12 @@ def test_too_little_data_is_said_before_anything_is_done(tmp_path: Path) -> None
         ({"weight_decay": -1}, "weight_decay"),
         ({"precision": "bf61"}, "did you mean 'bf16'"),
         ({"workers": -1}, "workers"),
+        ({"weight_decay": float("nan")}, "weight_decay"),
+        ({"classes_per_batch": 1}, "classes_per_batch"),
+        ({"images_per_class": 1}, "images_per_class"),
+        ({"validation": "class"}, "did you mean 'classes'"),
+        ({"validation_share": 7}, "validation_share"),
+        ({"seed": -1}, "seed"),
     ],
 )
 def test_settings_out_of_range_are_refused(values: dict[str, Any], words: str) -> None:

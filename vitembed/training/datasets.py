@@ -7,7 +7,7 @@ are decoded once and not every epoch.
 
 import csv
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -113,16 +113,32 @@ class ImageDataset:
         for row, label in enumerate(columns["label"], start=1):
             if not label:
                 raise DataError(f"{path}, row {row}: the label is empty; every image needs one")
-        split = columns.get("split")
-        return cls._from_names(images, columns["label"], _read_split(path, split) if split is not None else None)
+        if "split" not in columns:
+            return cls._from_names(images, columns["label"])
+        is_validation = _read_split(path, columns["split"])
+        both = {p for p, held in zip(images, is_validation, strict=True) if held} & {
+            p for p, held in zip(images, is_validation, strict=True) if not held
+        }
+        if both:
+            raise DataError(f"{path}: {min(both)} is in train and in val; an image may be in one of them")
+        return cls._from_names(images, columns["label"], is_validation)
 
     @classmethod
     def from_arrays(
         cls, images: Sequence[ImageSource], labels: Iterable[object], *, is_validation: Iterable[bool] | None = None
     ) -> "ImageDataset":
-        """Take images with one label each (strings or numbers), and optionally which of them are for validation."""
+        """Take images with one label each (strings or numbers), and optionally which of them are for validation.
+
+        Raises:
+            DataError: if a label is missing (None or NaN), or the lengths do not fit.
+        """
         split = None if is_validation is None else np.fromiter(is_validation, dtype=np.bool_)
-        return cls._from_names(images, [str(label) for label in labels], split)
+        names = []
+        for position, label in enumerate(labels):
+            if label is None or label != label:  # NaN is what differs from itself
+                raise DataError(f"image {position} has no label; got {label!r}")
+            names.append(str(label))
+        return cls._from_names(images, names, split)
 
     @classmethod
     def from_torchvision(cls, dataset: Any) -> "ImageDataset":
@@ -142,6 +158,9 @@ class ImageDataset:
                 raise DataError("expected a data set whose items are (image, label) pairs") from error
         if isinstance(labels, Tensor):
             labels = labels.tolist()
+        names = getattr(dataset, "classes", None)
+        if isinstance(names, Sequence) and all(isinstance(label, int) and label < len(names) for label in labels):
+            labels = [names[label] for label in labels]
         return cls.from_arrays(_LazyItems(dataset), labels)
 
     def subset(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> "ImageDataset":
@@ -160,7 +179,9 @@ class ImageDataset:
         chosen = np.array([name in wanted for name in self.classes])[self.labels]
         return self.subset(chosen) if chosen.any() else None
 
-    def split(self, validation: Validation, *, share: float, seed: int) -> "tuple[ImageDataset, ImageDataset | None]":
+    def split(
+        self, validation: Validation, *, share: float, seed: int, again: Collection[str] = ()
+    ) -> "tuple[ImageDataset, ImageDataset | None]":
         """Return what to train on and what to validate on.
 
         Args:
@@ -169,6 +190,8 @@ class ImageDataset:
                 A split that the data itself names goes before this.
             share: of the classes or images to hold out, in (0, 1).
             seed: which ones.
+            again: classes that an earlier training of the same weights held out: with "classes" they are held out
+                again, in place of random ones, where the data has two of them.
 
         Raises:
             ConfigError: if a setting is unknown or out of range.
@@ -183,19 +206,25 @@ class ImageDataset:
             return self, None
         held_out = self.is_validation
         if held_out is None:
-            pick = self._pick_classes if validation == "classes" else self._pick_images
-            held_out = pick(share, np.random.default_rng(seed))
+            rng = np.random.default_rng(seed)
+            held_out = (
+                self._pick_classes(share, rng, again) if validation == "classes" else self._pick_images(share, rng)
+            )
         if held_out.all() or not held_out.any():
             raise DataError(
-                "the split leaves nothing to train on or nothing to validate on; expected both train and val"
+                "the split leaves nothing to train on or nothing to validate on: validation needs two classes of two "
+                "images (or, for 'images', of four); add images, or hold out 'none'"
             )
         train, held = self.subset(~held_out), self.subset(held_out)
         _check_trainable(train, "training")
         _check_trainable(held, "validation")
         return train, held
 
-    def _pick_classes(self, share: float, rng: np.random.Generator) -> NDArray[np.bool_]:
+    def _pick_classes(self, share: float, rng: np.random.Generator, again: Collection[str]) -> NDArray[np.bool_]:
         count = len(self.classes)
+        known = [label for label, name in enumerate(self.classes) if name in set(again)]
+        if len(known) >= 2:
+            return np.isin(self.labels, known)
         if count < 4:
             raise DataError(
                 f"holding out classes for validation needs at least 4 classes; got {count}. "
@@ -209,9 +238,9 @@ class ImageDataset:
         held_out = np.zeros(len(self), dtype=np.bool_)
         for label in range(len(self.classes)):
             members = rng.permutation(np.flatnonzero(self.labels == label))
-            # Two on either side at least: a lone image has no positive.
-            number = min(max(2, round(share * len(members))), len(members) - 2)
-            held_out[members[: max(0, number)]] = True
+            if len(members) >= 4:  # two on either side at least: a lone image has no positive
+                number = min(max(2, round(share * len(members))), len(members) - 2)
+                held_out[members[:number]] = True
         return held_out
 
     @classmethod
@@ -320,8 +349,8 @@ def _read_csv(path: Path) -> dict[str, list[str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
+            reader.fieldnames = header = [name.strip() for name in reader.fieldnames or []]
             rows = list(reader)
-            header = reader.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as a UTF-8 CSV table: {error}") from error
     _check_columns(path, header, len(rows))
@@ -349,6 +378,9 @@ def _check_columns(path: Path, header: Sequence[str], rows: int) -> None:
     missing = [name for name in ("path", "label") if name not in header]
     if missing:
         raise DataError(f"{path} lacks the column {missing[0]!r}; expected path,label[,split], got {','.join(header)}")
+    twice = [name for name in ("path", "label", "split") if list(header).count(name) > 1]
+    if twice:
+        raise DataError(f"{path} has the column {twice[0]!r} twice; which one counts?")
     if rows == 0:
         raise DataError(f"{path} has a header but no rows; expected one row an image")
 

@@ -16,17 +16,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import vitembed
-from vitembed.embedder import Embedder
+from vitembed.embedder import Embedder, default_workers
 from vitembed.errors import ConfigError, TrainingError, unknown_name
 from vitembed.files import atomic_write
 from vitembed.metrics import recall_at_k
 from vitembed.plots import plot_history
 from vitembed.training.augment import Augment
-from vitembed.training.datasets import ImageDataset, PixelDataset, Validation
+from vitembed.training.datasets import VALIDATIONS, ImageDataset, PixelDataset, Validation
 from vitembed.training.losses import TripletLoss
 from vitembed.training.sampling import ClassBalancedSampler
 
@@ -75,19 +76,26 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ConfigError(f"epochs must be at least 1; got {self.epochs}")
-        for name in ("learning_rate", "clip"):
-            if not (0 < getattr(self, name) < math.inf):
-                raise ConfigError(f"{name} must be above 0; got {getattr(self, name)}")
-        if not 0 <= self.warmup < 1:
-            raise ConfigError(f"warmup must lie in [0, 1); got {self.warmup}")
-        if self.weight_decay < 0:
-            raise ConfigError(f"weight_decay must not be negative; got {self.weight_decay}")
+        # What each number must be: a condition that NaN does not meet either, and its words.
+        rules = {
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "classes_per_batch": (self.classes_per_batch >= 2, "at least 2, else a batch has no negatives"),
+            "images_per_class": (self.images_per_class >= 2, "at least 2, else a batch has no positives"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "above 0"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or above"),
+            "warmup": (0 <= self.warmup < 1, "in [0, 1)"),
+            "clip": (0 < self.clip < math.inf, "above 0"),
+            "validation_share": (0 < self.validation_share < 1, "in (0, 1)"),
+            "workers": (self.workers is None or self.workers >= 0, "0 or above, or None"),
+            "seed": (0 <= self.seed < 2**63, "in [0, 2^63)"),
+        }
+        for name, (holds, words) in rules.items():
+            if not holds:
+                raise ConfigError(f"{name} must be {words}; got {getattr(self, name)}")
+        if self.validation not in VALIDATIONS:
+            raise unknown_name("validation", self.validation, VALIDATIONS)
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
-        if self.workers is not None and self.workers < 0:
-            raise ConfigError(f"workers must not be negative; got {self.workers}")
 
 
 @dataclass(frozen=True)
@@ -139,9 +147,14 @@ def train(
     """
     config = config or TrainConfig()
     loss = loss or TripletLoss()
-    folder = _prepare_out(out, overwrite)
-    train_set, held_out = dataset.split(config.validation, share=config.validation_share, seed=config.seed)
-    workers = min(8, os.cpu_count() or 1) if config.workers is None else config.workers
+    folder = _check_out(out, overwrite)
+    train_set, held_out = dataset.split(
+        config.validation,
+        share=config.validation_share,
+        seed=config.seed,
+        again=model.provenance.get("held-out classes", ()),
+    )
+    workers = default_workers() if config.workers is None else config.workers
     pixels = PixelDataset(train_set, model.preprocess, workers=workers)
     validation = PixelDataset(held_out, model.preprocess, workers=workers) if held_out else None
     sampler = ClassBalancedSampler(
@@ -152,30 +165,34 @@ def train(
     )
     torch.manual_seed(config.seed)
     learner = _Learner(model, loss, miner, config, steps=config.epochs * len(sampler))
-    provenance = _provenance(config, loss, miner, train_set, held_out)
+    provenance = _provenance(model, config, loss, miner, train_set, held_out)
+    if folder:
+        _make_folder(folder)
 
     history: list[Record] = []
     best_epoch, best_state = 0, _snapshot(model)
-    with tqdm(total=learner.steps, unit="batch", disable=not progress) as bar:
-        for epoch in range(1, config.epochs + 1):
-            bar.set_description(f"epoch {epoch}/{config.epochs}")
-            started = time.perf_counter()
-            sampler.epoch = epoch
-            record = {"epoch": epoch, **learner.run_epoch(pixels.batches(sampler, workers=workers), bar)}
-            record["recall@1"] = _recall_at_1(model, validation, workers) if validation else None
-            record["learning_rate"] = learner.learning_rate
-            record["seconds"] = round(time.perf_counter() - started, 3)
-            history.append(record)
-            if best_epoch == 0 or validation is None or record["recall@1"] >= history[best_epoch - 1]["recall@1"]:
-                best_epoch, best_state = epoch, _snapshot(model)
-                model.provenance = {**provenance, "epoch": epoch, "validation recall@1": record["recall@1"]}
+    try:
+        with tqdm(total=learner.steps, unit="batch", disable=not progress) as bar:
+            for epoch in range(1, config.epochs + 1):
+                bar.set_description(f"epoch {epoch}/{config.epochs}")
+                started = time.perf_counter()
+                sampler.epoch = epoch
+                record = {"epoch": epoch, **learner.run_epoch(pixels.batches(sampler, workers=workers), bar)}
+                record["recall@1"] = _recall_at_1(model, validation, workers) if validation else None
+                record["learning_rate"] = learner.learning_rate
+                record["seconds"] = round(time.perf_counter() - started, 3)
+                history.append(record)
+                if best_epoch == 0 or validation is None or record["recall@1"] >= history[best_epoch - 1]["recall@1"]:
+                    best_epoch, best_state = epoch, _snapshot(model)
+                    model.provenance = {**provenance, "epoch": epoch, "validation recall@1": record["recall@1"]}
+                    if folder:
+                        model.save_pretrained(folder)
                 if folder:
-                    model.save_pretrained(folder)
-            if folder:
-                atomic_write(folder / "history.json", json.dumps(history, indent=1) + "\n")
-                atomic_write(folder / "curve.png", plot_history(history, best_epoch))
-    model.network.load_state_dict(best_state)
-    model.network.eval()
+                    atomic_write(folder / "history.json", json.dumps(history, indent=1) + "\n")
+                    atomic_write(folder / "curve.png", plot_history(history, best_epoch))
+    finally:  # after an error or Ctrl-C, too, the model has the weights of its best epoch so far
+        model.network.load_state_dict(best_state)
+        model.network.eval()
     return TrainResult(history, best_epoch, history[best_epoch - 1]["recall@1"])
 
 
@@ -184,6 +201,8 @@ class _Learner:
 
     def __init__(self, model: Embedder, loss: Loss, miner: Miner | None, config: TrainConfig, *, steps: int) -> None:
         self.steps = steps
+        # accelerate keeps its settings for the whole process; an earlier training may have had others.
+        AcceleratorState._reset_state(reset_partial_state=True)
         self._accelerator = Accelerator(
             mixed_precision=_mixed_precision(config.precision, model.device), cpu=model.device.type == "cpu"
         )
@@ -196,7 +215,9 @@ class _Learner:
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
         warmup = int(config.warmup * steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, warmup, steps))
-        self._prepared, self._optimizer, self._schedule = self._accelerator.prepare(model.network, optimizer, schedule)
+        # The network itself is not prepared: accelerate would wrap its `forward` in mixed precision for good, and the
+        # embedder would then give other vectors than the model that is saved.
+        self._optimizer, self._schedule = self._accelerator.prepare(optimizer, schedule)
 
     @property
     def learning_rate(self) -> float:
@@ -227,7 +248,7 @@ class _Learner:
         device = self._accelerator.device
         pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with self._accelerator.autocast():
-            embeddings = self._prepared(self._augment(pixels, self._random))
+            embeddings = self._network(self._augment(pixels, self._random))
         tuples = self._miner(embeddings, labels) if self._miner else None
         loss = self._loss(embeddings, labels, tuples)
         self._accelerator.backward(loss)
@@ -244,7 +265,7 @@ class _Learner:
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss became {loss.item()}: lower the learning rate, or use precision fp32; "
-                "the best model before this is kept"
+                "the model has the weights of its best epoch before this, if it ended one"
             )
 
 
@@ -298,28 +319,40 @@ def _snapshot(model: Embedder) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in model.network.state_dict().items()}
 
 
-def _prepare_out(out: str | os.PathLike[str] | None, overwrite: bool) -> Path | None:
+def _check_out(out: str | os.PathLike[str] | None, overwrite: bool) -> Path | None:
     if out is None:
         return None
     folder = Path(out)
     if (folder / "model.safetensors").exists() and not overwrite:
         raise TrainingError(f"{folder} already holds a model; choose another folder, or overwrite it on purpose")
+    return folder
+
+
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"cannot create the folder {folder}: {error.strerror}") from error
-    return folder
 
 
 def _provenance(
-    config: TrainConfig, loss: Loss, miner: Miner | None, train_set: ImageDataset, held_out: ImageDataset | None
+    model: Embedder,
+    config: TrainConfig,
+    loss: Loss,
+    miner: Miner | None,
+    train_set: ImageDataset,
+    held_out: ImageDataset | None,
 ) -> dict[str, Any]:
-    unseen = set(held_out.classes) - set(train_set.classes) if held_out else set()
+    """Say where the weights come from; what an earlier training of theirs has seen counts as seen."""
+    before = model.provenance
+    seen = set(before.get("trained classes", ())) | set(train_set.classes)
+    unseen = set(held_out.classes) - seen if held_out else set()
     return {
         "made by": f"vitembed {vitembed.__version__}, torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
+        "initialised from": model.fingerprint if before else None,
         "training images": len(train_set),
-        "training classes": len(train_set.classes),
+        "trained classes": sorted(seen),
         "held-out classes": sorted(unseen),  # what an honest figure or threshold may be measured on
         "loss": str(loss),
         "miner": None if miner is None else str(miner),

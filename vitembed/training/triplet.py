@@ -155,6 +155,8 @@ class _Sweep:
         self.norms = self.rows.square().sum(1)  # (B,) squared
         self.wide = torch.float32 if rows.device.type == "mps" else torch.float64
         self.eps = torch.finfo(rows.dtype).eps
+        # Squared distances that are nearer to each other than their rounding errors (measured) are equal.
+        self.slack = 1e-12 if rows.dtype == torch.float64 else 4 * self.eps
         self.positives = [self._measure(*group) for group in layout.groups]
         starts = range(0, len(rows), block)
         self.blocks = [self._anchors(start, min(start + block, len(rows)), MININGS[mining]) for start in starts]
@@ -173,7 +175,7 @@ class _Sweep:
         for anchors in self.blocks:
             active = anchors.active.to(self.wide)
             number += active.sum()
-            self.total += (active * (anchors.distances + self.margin)).sum()
+            self.total += (active * (anchors.distances.to(self.wide) + self.margin)).sum()
         if self.with_grad:
             for group, distances in zip(self.layout.groups, self.positives, strict=True):
                 self._positives(*group, distances)
@@ -194,8 +196,7 @@ class _Sweep:
         if len(distances) >= SEARCH_FROM:
             distances = distances.sort(dim=0).values
         exact = distances.to(self.wide)
-        # Squared distances have errors of a few eps: when nearer to each other than that, they are equal.
-        tie = exact.square() + 4 * self.eps
+        tie = exact.square() + self.slack
         reach = torch.maximum((exact + self.margin).square(), tie)
         absent = distances < 0
         thresholds = {"tie": tie, "reach": reach}
