@@ -8,6 +8,7 @@ pixels and the untrained network. Then an index is made of files, searched, and 
 The settings were chosen on parts of the first 1,200 alone.
 """
 
+import io
 import json
 import shutil
 import time
@@ -22,6 +23,7 @@ from PIL import Image
 
 from vitembed import plots
 from vitembed.embedder import Embedder
+from vitembed.errors import VitembedError
 from vitembed.evaluate import EvaluationReport, evaluate_embeddings
 from vitembed.explain import attention_maps
 from vitembed.files import atomic_write
@@ -198,8 +200,13 @@ def write_images(digits: Digits, folder: Path) -> list[Path]:
     paths = []
     for number, (image, label) in enumerate(zip(digits.images, digits.labels, strict=True)):
         path = folder / str(label) / f"{number:03}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise VitembedError(f"cannot create the folder {path.parent}: {error.strerror}") from error
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        atomic_write(path, buffer.getvalue())
         paths.append(path)
     return paths
 

@@ -2,7 +2,8 @@
 
 The definitions are those of `vitembed.metrics`. Thresholds in these reports are chosen a posteriori, on the pairs that
 they are judged by; a threshold to use elsewhere is the work of `vitembed.verify`. Intervals are over identities: what
-another draw of as many identities could have given.
+another draw of as many identities could have given (for recall: as queries, among the same images); with fewer than ten
+there is none.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ class RetrievalReport:
 
     Attributes:
         recall_at_1: share of queries whose nearest other image is of their class.
-        recall_at_1_interval: its 95 % bootstrap interval over classes; None with fewer than two classes.
+        recall_at_1_interval: its 95 % bootstrap interval over classes; None with fewer than ten classes.
         recall_at_5: share of queries with an image of their class among the nearest five.
         map_at_r: mean average precision at R.
         queries: how many images were judged: those with another image of their class.
@@ -61,7 +62,7 @@ class VerificationReport:
 
     Attributes:
         eer: equal error rate.
-        eer_interval: its 95 % bootstrap interval over identities; None where these are not known.
+        eer_interval: its 95 % bootstrap interval over identities; None where these are not known or fewer than ten.
         eer_threshold: where it is reached, a posteriori.
         auc: area under the ROC curve.
         tar_at_far: true-accept rate at each false-accept rate; None where there are fewer than 1 / rate
@@ -117,7 +118,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     progress: bool = False,
-    max_pairs: int = 2_000_000,
+    max_pairs: int = 500_000,
     seed: int = 0,
 ) -> EvaluationReport:
     """Encode labelled images and measure retrieval and verification on them.
@@ -141,7 +142,7 @@ def evaluate(
 
 
 def evaluate_embeddings(
-    embeddings: ArrayLike, labels: ArrayLike, *, max_pairs: int = 2_000_000, seed: int = 0
+    embeddings: ArrayLike, labels: ArrayLike, *, max_pairs: int = 500_000, seed: int = 0
 ) -> EvaluationReport:
     """Measure retrieval and verification on embeddings, (N, D) of any length but zero, with labels (N,).
 
@@ -172,7 +173,7 @@ def evaluate_embeddings(
 
 
 def evaluate_retrieval(
-    embeddings: ArrayLike, labels: ArrayLike, *, rounds: int = 200, seed: int = 0
+    embeddings: ArrayLike, labels: ArrayLike, *, rounds: int = 100, seed: int = 0
 ) -> RetrievalReport:
     """Search each image among all others.
 
@@ -191,7 +192,7 @@ def evaluate_retrieval(
     hits = found.first_rank == 1
     judged = names[found.queries]
     interval = None
-    if np.unique(judged).size >= 2:
+    if np.unique(judged).size >= metrics.IDENTITIES_NEEDED:
         interval = metrics.bootstrap_interval(lambda at: float(np.mean(hits[at])), judged, rounds=rounds, seed=seed)
     return RetrievalReport(
         recall_at_1=float(np.mean(hits)),
@@ -210,7 +211,7 @@ def evaluate_verification(
     *,
     identities: ArrayLike | None = None,
     fars: Sequence[float] = FARS,
-    rounds: int = 200,
+    rounds: int = 100,
     seed: int = 0,
 ) -> VerificationReport:
     """Measure how well scores tell matching from non-matching pairs.
@@ -230,12 +231,10 @@ def evaluate_verification(
     checked, matching = metrics.checked_pairs(scores, is_match)
     eer, threshold = metrics.equal_error_rate(checked, matching)
     interval = None
-    if identities is not None:
+    names = None if identities is None else _checked_identities(identities, matching)
+    if names is not None and np.unique(names).size >= metrics.IDENTITIES_NEEDED:
         interval = metrics.bootstrap_interval(
-            lambda at: metrics.equal_error_rate(checked[at], matching[at])[0],
-            _checked_identities(identities, matching),
-            rounds=rounds,
-            seed=seed,
+            lambda at: metrics.equal_error_rate(checked[at], matching[at])[0], names, rounds=rounds, seed=seed
         )
     matches = int(np.count_nonzero(matching))
     non_matches = matching.size - matches

@@ -3,8 +3,10 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -48,14 +50,18 @@ def test_train_goes_on_from_a_model_and_takes_losses_by_name(cli: Runner, world:
     outcome = cli("train", world / "data", "--out", tmp_path / "m", *options, "--epochs", 1, "--workers", 0)
     assert outcome.status == 0, outcome.err
     config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert "Augment" not in outcome.err
+    assert config["provenance"]["settings"]["augment"]["flip"] == 0  # grey images are taken for ink
     assert config["vit"] == json.loads((world / "model" / "config.json").read_text())["vit"]
     assert "MultiSimilarityLoss" in config["provenance"]["loss"]
 
 
-def test_train_without_validation_says_so(cli: Runner, world: Path, tmp_path: Path) -> None:
+def test_train_without_validation_says_so_and_so_does_evaluate(cli: Runner, world: Path, tmp_path: Path) -> None:
     outcome = cli("train", world / "data", "--out", tmp_path / "m", *TRAIN, "--validation", "none", "--epochs", 1)
     assert outcome.status == 0
     assert "warning: nothing was held out" in outcome.err
+    assert "--held-out" not in outcome.out
+    assert "8 of the 8 classes" in cli("evaluate", tmp_path / "m", world / "data").err
 
 
 @pytest.mark.parametrize(
@@ -69,7 +75,9 @@ def test_train_without_validation_says_so(cli: Runner, world: Path, tmp_path: Pa
         (["--epoch", "3"], "--epochs"),
         (["--augment", "inks"], "did you mean 'ink'"),
         (["--image-size", "10"], "multiples of the patch size"),
-        (["--init", "missing"], "no model folder missing"),
+        (["--init", "missing"], "leave --arch, --image-size, --ink out"),
+        (["--seed", "-1"], "--seed"),
+        (["--dim", "100000000000"], "out of memory"),
         (["--device", "gpu"], "cannot be used here"),
         (["--margin", "0"], "margin"),
     ],
@@ -103,7 +111,7 @@ def test_evaluate_prints_the_figures_and_warns_of_training_data(cli: Runner, wor
     assert outcome.status == 0
     assert {"recall@1", "recall@5", "map@r", "eer", "auc"} <= set(outcome.json)
     assert outcome.json["classes"] == 8
-    assert "warning: these images seem to be the training data" in outcome.err
+    assert "warning: 6 of the 8 classes are named as those it was trained on; --held-out" in outcome.err
     honest = cli("evaluate", world / "model", world / "data", "--held-out", "--json")
     assert honest.json["classes"] == 2
     assert "warning" not in honest.err
@@ -203,6 +211,35 @@ def test_index_errors_are_one_line(cli: Runner, world: Path, tmp_path: Path) -> 
     assert "holds embeddings of the model" in line
 
 
+def test_adding_under_a_synced_index_replaces_nothing_of_it(
+    cli: Runner, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "i"
+    cli("index", "create", place, "--model", world / "model")
+    cli("index", "sync", place, world / "data")
+    other = tmp_path / "elsewhere" / "class0"
+    other.mkdir(parents=True)
+    shutil.copy(world / "data" / "class5" / "0.png", other / "0.png")
+    monkeypatch.chdir(other.parent)
+    assert cli("index", "add", place, Path("class0") / "0.png", "--json").json["size"] == 65
+    assert cli("index", "sync", place, world / "data", "--json").json["unchanged"] == 64
+    [found] = cli("search", place, world / "data" / "class0" / "0.png", "-k", 1, "--json").json
+    assert found["hits"][0]["id"] == "class0/0.png"
+
+
+def test_a_model_that_has_moved_is_asked_for_by_its_option(cli: Runner, world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "model", tmp_path / "model")
+    image = world / "data" / "class0" / "0.png"
+    cli("index", "create", tmp_path / "i", "--model", tmp_path / "model")
+    calibrated = cli("calibrate", tmp_path / "model", world / "data", "--out", tmp_path / "v", "--far", 0.05)
+    assert calibrated.status == 0
+    assert "only 8 identities" in calibrated.err
+    (tmp_path / "model").rename(tmp_path / "moved")
+    for command in (["search", tmp_path / "i", image], ["verify", image, image, "--verifier", tmp_path / "v"]):
+        assert "name it with --model" in one_line(cli(*command))
+        assert cli(*command, "--model", tmp_path / "moved").status == 0
+
+
 def test_an_index_without_a_model_asks_for_it(cli: Runner, world: Path, tmp_path: Path) -> None:
     from vitembed.index import Index
 
@@ -243,6 +280,8 @@ def test_a_verifier_from_a_table_of_pairs(cli: Runner, world: Path, tmp_path: Pa
     outcome = cli("calibrate", world / "model", table, "--out", tmp_path / "v.json", "--far", 0.1, "--json")
     assert outcome.status == 0, outcome.err
     assert (outcome.json["matches"], outcome.json["non_matches"]) == (24, 84)
+    refused = cli("calibrate", world / "model", table, "--out", tmp_path / "v.json", "--held-out")
+    assert "--held-out goes with a folder" in one_line(refused)
 
 
 def test_verifier_errors_are_one_line(cli: Runner, world: Path, tmp_path: Path) -> None:
@@ -269,6 +308,37 @@ def test_doctor_names_versions_devices_and_caches(cli: Runner) -> None:
     assert {"torch", "faiss-cpu", "devices", "threads", "OpenMP", "temporary files"} <= topics
     assert outcome.status == (0 if all(finding["ok"] for finding in outcome.json) else 1)
     assert "OpenMP" in cli("doctor").out
+
+
+def test_a_bug_is_one_line_and_no_answer(
+    cli: Runner, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("vitembed.embedder.Embedder.from_pretrained", broken)
+    assert "unexpected KeyError: 'surprise'" in one_line(cli("evaluate", world / "model", world / "data"))
+    monkeypatch.setenv("VITEMBED_TRACEBACK", "1")
+    with pytest.raises(KeyError):
+        cli("evaluate", world / "model", world / "data")
+
+
+@pytest.mark.parametrize(("signal_name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_an_interrupted_command_leaves_no_file(world: Path, tmp_path: Path, signal_name: str, status: int) -> None:
+    many = [str(world / "data")] * 400
+    command = [sys.executable, "-m", "vitembed", "embed", str(world / "model"), *many, "--out", "v.npz"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert list(tmp_path.iterdir()), "the temporary file is made before the work"
+    time.sleep(1)  # into the work
+    process.send_signal(getattr(signal, signal_name))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert list(tmp_path.iterdir()) == []
+    if signal_name == "SIGINT":
+        assert err.endswith("vitembed: interrupted\n")
 
 
 def test_unknown_commands_and_no_command(cli: Runner) -> None:
@@ -302,4 +372,4 @@ def test_whoever_stops_reading_sees_no_traceback() -> None:
     process.stdout.close()
     with process.stderr:
         assert process.stderr.read() == b""
-    assert process.wait() in (0, 1)
+    assert process.wait() == 141  # no status that means something, such as the 1 of `verify`

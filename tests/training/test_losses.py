@@ -75,8 +75,8 @@ def test_triplet_loss_equals_the_peer_in_value_and_gradient(name: str, mining: s
 @pytest.mark.parametrize("mining", MININGS)
 @pytest.mark.parametrize(
     ("size", "dim", "pull", "tolerance"),
-    # Of 2 million triplets rounding decides one or two that are on the border of being active, the peer's as well.
-    [(300, 64, 0.0, 1e-5), (300, 64, 1.0, 1e-5), (900, 384, 0.0, 2e-4), (900, 384, 0.7, 2e-4)],
+    # Of a million triplets rounding decides one or two that are on the border of being active, the peer's as well.
+    [(300, 64, 0.0, 1e-5), (300, 64, 1.0, 1e-5), (700, 384, 0.0, 2e-4), (700, 384, 0.7, 2e-4)],
 )
 def test_float32_is_near_to_the_peer_in_float64(
     mining: str, size: int, dim: int, pull: float, tolerance: float
@@ -108,12 +108,13 @@ def test_triplet_loss_equals_a_plain_loop(mining: str) -> None:
     assert math.isclose(loss.active_share.item(), len(terms) / valid, rel_tol=1e-6)
 
 
-@pytest.mark.parametrize("block", [1, 2, 7, 16, 63, 64, 1000])
+@pytest.mark.parametrize("block", [1, 7, 16, 64])
 @pytest.mark.parametrize("mining", MININGS)
 @pytest.mark.parametrize("name", ["ragged", "large", "two"])
 @pytest.mark.usefixtures("kernel")
 def test_the_size_of_the_blocks_changes_nothing(name: str, mining: triplet.Mining, block: int) -> None:
     embeddings, labels = batch(name, pull=0.5)
+    embeddings, labels = embeddings[:40], labels[:40]
 
     def run(block: int | None) -> tuple[Tensor, Tensor]:
         rows = nn.functional.normalize(embeddings).requires_grad_()

@@ -145,3 +145,40 @@ def test_bad_settings_and_scores_are_one_clear_error():
         calibrate(scores, np.ones(1600, dtype=bool))
     with pytest.raises(VectorError, match="finite"):
         calibrate(np.where(is_match, np.nan, scores), is_match)
+
+
+def world(rng, identities, images):
+    """Return unit vectors (identities * images, 3) around a centre an identity, and whom they show."""
+    centres = rng.normal(size=(identities, 1, 3))
+    vectors = (centres + 0.3 * rng.normal(size=(identities, images, 3))).reshape(-1, 3)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.repeat(np.arange(identities), images)
+
+
+def test_the_interval_over_identities_holds_the_rate_of_new_identities_where_wilsons_does_not():
+    rng = np.random.default_rng(0)
+    fresh, names = world(rng, 3000, 2)
+    i, j = rng.integers(len(fresh), size=(2, 200_000))
+    impostors = np.einsum("nd,nd->n", fresh[i], fresh[j])[names[i] != names[j]]
+    covered = {"identities": 0, "pairs": 0}
+    for _ in range(40):
+        vectors, who = world(rng, 20, 5)
+        a, b = np.triu_indices(len(who), 1)
+        scores, is_match = np.einsum("nd,nd->n", vectors[a], vectors[b]), who[a] == who[b]
+        known = calibrate(scores, is_match, 0.1, identities=np.stack([who[a], who[b]], axis=1))
+        unknown = calibrate(scores, is_match, 0.1)
+        assert known.identities == 20
+        assert unknown.identities is None
+        true = np.mean(impostors >= known.threshold)
+        for kind, found in (("identities", known), ("pairs", unknown)):
+            low, high = found.far_interval
+            covered[kind] += low <= true <= high
+    assert covered["identities"] >= 32  # of 40; 38 would be the nominal 95 %
+    assert covered["pairs"] < covered["identities"] - 8
+
+
+def test_few_identities_give_no_interval():
+    vectors, who = world(np.random.default_rng(0), 9, 8)
+    a, b = np.triu_indices(len(who), 1)
+    scores = np.einsum("nd,nd->n", vectors[a], vectors[b])
+    found = calibrate(scores, who[a] == who[b], 0.1, identities=np.stack([who[a], who[b]], axis=1))
+    assert (found.far_interval, found.frr_interval, found.identities) == (None, None, 9)

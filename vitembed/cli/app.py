@@ -1,10 +1,12 @@
 """The `vitembed` command: its subcommands, and what happens when one of them fails.
 
 Contract, for every command: results go to standard output, with --json as one JSON document; progress and errors go to
-standard error; an error is one line and exit status 2. Commands import what they need when they run, so that `--help`
-answers at once.
+standard error; an error is one line and exit status 2, whatever went wrong. Commands import what they need when they
+run, so that `--help` answers at once.
 """
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -17,7 +19,8 @@ from vitembed.cli.demo import demo
 from vitembed.cli.doctor import doctor
 from vitembed.errors import VitembedError
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+# 128 + the signal, as shells report it.
+INTERRUPTED, PIPE_CLOSED, TERMINATED = 130, 141, 143
 
 app = typer.Typer(
     name="vitembed",
@@ -64,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: what was typed after `vitembed`; None for the process's own.
     """
+    # An exception and not a sudden death, so that temporary files are removed on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     sys.exit(run(arguments))
 
 
@@ -79,11 +84,18 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}")
-    except MemoryError:
-        return _fail("out of memory; try a smaller --batch-size")
     except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    except SystemExit as error:
+        return PIPE_CLOSED if error.code == 1 else TERMINATED  # typer's word for a reader that went away is 1
+    except Exception as error:  # a bug, or something that no library has a name for: never a status with a meaning
+        if os.environ.get("VITEMBED_TRACEBACK"):
+            raise
+        if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
+            return _fail("out of memory; take smaller batches, images or a smaller network")
+        return _fail(f"unexpected {type(error).__name__}: {error}; VITEMBED_TRACEBACK=1 shows where")
+    if status == INTERRUPTED:
         typer.echo("vitembed: interrupted", err=True)
-        return INTERRUPTED
     return status if isinstance(status, int) else 0
 
 

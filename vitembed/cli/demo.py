@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from vitembed.cli.output import Json, print_json
+from vitembed.cli.output import Json, Seed, print_json
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the model, the index and report.html.")] = Path("vitembed-demo"),
     epochs: Annotated[int, typer.Option(min=1, help="Of training; 40 take about a minute on two cores.")] = 40,
-    seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
+    seed: Seed = 0,
     json: Json = False,
 ) -> None:
     """Do the whole job on real handwritten digits: train, measure, index, search, verify; nothing is downloaded.

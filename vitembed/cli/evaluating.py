@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vitembed.cli.output import BatchSize, Device, Json, print_figures, print_json, warn
-from vitembed.errors import DataError
+from vitembed.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from vitembed.embedder import Embedder
     from vitembed.training import ImageDataset
 
-HeldOut = Annotated[bool, typer.Option("--held-out", help="Only the classes that the training held out.")]
+HeldOut = Annotated[
+    bool, typer.Option("--held-out", help="Only the classes never trained on (they chose the best epoch).")
+]
 
 
 def evaluate(
@@ -80,8 +82,10 @@ def load_labelled(model: "Embedder", data: Path, held_out: bool) -> "ImageDatase
     dataset = ImageDataset.load(data)
     known = model.provenance.get("held-out classes")
     if not held_out:
-        if known and set(known) <= set(dataset.classes):
-            warn("these images seem to be the training data: what follows is too good; --held-out is the honest figure")
+        trained = set(model.provenance.get("trained classes", ())) & set(dataset.classes)
+        if trained:
+            remedy = "; --held-out takes the others" if known else ", and it held none out"
+            warn(f"{len(trained)} of the {len(dataset.classes)} classes are named as those it was trained on{remedy}")
         return dataset
     if not known:
         raise DataError(
@@ -91,6 +95,21 @@ def load_labelled(model: "Embedder", data: Path, held_out: bool) -> "ImageDatase
     if kept is None:
         raise DataError(f"{data} has none of the classes that the training held out; is it the training data?")
     return kept
+
+
+def find_model(owner: Path, recorded: str | None, given: Path | None) -> Path:
+    """Return the folder of the model that an index or a verifier belongs to.
+
+    Raises:
+        CheckpointError: if none is named, or the recorded one is no longer there.
+    """
+    if given is not None:
+        return given
+    if recorded is None:
+        raise CheckpointError(f"{owner} does not say where its model is; name it with --model")
+    if not Path(recorded).is_dir():
+        raise CheckpointError(f"{owner} was made with the model {recorded}, which is not there; name it with --model")
+    return Path(recorded)
 
 
 def expand_folders(paths: list[Path]) -> list[Path]:

@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vitembed.cli.evaluating import expand_folders
+from vitembed.cli.evaluating import expand_folders, find_model
 from vitembed.cli.output import BatchSize, Device, Json, Workers, print_figures, print_json, print_table, warn
-from vitembed.errors import SearchIndexError
 
 if TYPE_CHECKING:
     from vitembed.embedder import Embedder
@@ -76,7 +75,9 @@ def sync(
 @index_app.command()
 def add(
     index: IndexPath,
-    images: Annotated[list[Path], typer.Argument(help="Images, or folders of images; their paths become ids.")],
+    images: Annotated[
+        list[Path], typer.Argument(help="Images, or folders of images; their absolute paths become ids.")
+    ],
     model: ModelPath = None,
     batch_size: BatchSize = 64,
     device: Device = None,
@@ -90,9 +91,10 @@ def add(
 
     with Index.open(index) as opened:
         embedder = _model_of(opened, model, device)
-        paths = expand_folders(images)
+        # Absolute, as `sync` has paths below its folder: neither depends on where one stands, nor meets the other's.
+        paths = [path.absolute() for path in expand_folders(images)]
         vectors = embedder.encode(paths, batch_size=batch_size, progress=True)
-        opened.add([path.as_posix() for path in paths], vectors, [{"path": str(path.absolute())} for path in paths])
+        opened.add([path.as_posix() for path in paths], vectors, [{"path": str(path)} for path in paths])
         _print_info(opened, json)
 
 
@@ -175,15 +177,12 @@ def _model_of(index: "Index", folder: Path | None, device: str | None) -> "Embed
     """Load the model that an index belongs to.
 
     Raises:
-        SearchIndexError: if the index does not say where it is.
+        CheckpointError: if it is not known or not there.
         ModelMismatchError: if the folder holds another model by now.
     """
     from vitembed.embedder import Embedder
 
-    place = folder or index.location
-    if place is None:
-        raise SearchIndexError(f"{index.path} does not say where its model is; name it with --model")
-    embedder = Embedder.from_pretrained(place, device=device)
+    embedder = Embedder.from_pretrained(find_model(index.path, index.location, folder), device=device)
     index.require_model(embedder.fingerprint)
     return embedder
 

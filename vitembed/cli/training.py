@@ -1,11 +1,12 @@
 """`vitembed train`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vitembed.cli.output import Device, Json, Workers, print_figures, print_json, warn
+from vitembed.cli.output import Device, Json, Seed, Workers, print_figures, print_json, warn
+from vitembed.errors import ConfigError
 
 if TYPE_CHECKING:
     from vitembed.embedder import Embedder
@@ -25,24 +26,29 @@ def train(
         Path | None, typer.Option(help="Go on from this model, with its architecture.", rich_help_panel=NETWORK)
     ] = None,
     arch: Annotated[
-        str, typer.Option(help="Size/patch: N Ti S B L H; N/4 suits small images.", rich_help_panel=NETWORK)
-    ] = "S/16",
+        str | None,
+        typer.Option(help="Size/patch: N Ti S B L H; S/16 by default, N/4 for small images.", rich_help_panel=NETWORK),
+    ] = None,
     stem: Annotated[
-        Stem, typer.Option(help="linear, or conv: learns faster from few images.", rich_help_panel=NETWORK)
-    ] = "conv",
-    image_size: Annotated[int, typer.Option(min=1, help="Side in pixels.", rich_help_panel=NETWORK)] = 224,
+        Stem | None,
+        typer.Option(help="linear, or conv (the default): learns faster from few images.", rich_help_panel=NETWORK),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side in pixels; 224 by default.", rich_help_panel=NETWORK)
+    ] = None,
     pooling: Annotated[
-        Pooling,
-        typer.Option(
-            help="What becomes the embedding: the CLS token or the mean of the patches.", rich_help_panel=NETWORK
-        ),
-    ] = "cls",
+        Pooling | None,
+        typer.Option(help="The CLS token (the default) or the mean of the patches.", rich_help_panel=NETWORK),
+    ] = None,
     dim: Annotated[
         int | None,
         typer.Option(min=1, help="Width of the embedding; that of the network by default.", rich_help_panel=NETWORK),
     ] = None,
     ink: Annotated[
-        bool, typer.Option(help="Dark ink on white: grey, inverted, padded; augmentation ink.", rich_help_panel=NETWORK)
+        bool,
+        typer.Option(
+            "--ink", help="Dark ink on white: grey, inverted, padded; --augment ink.", rich_help_panel=NETWORK
+        ),
     ] = False,
     loss: Annotated[
         str,
@@ -64,7 +70,10 @@ def train(
     learning_rate: Annotated[
         float, typer.Option("--learning-rate", "--lr", help="The highest.", rich_help_panel=SETTINGS)
     ] = 1e-3,
-    augment: Annotated[str | None, typer.Option(help="none, ink or photo.", rich_help_panel=SETTINGS)] = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(help="none, ink or photo; by default ink for grey images, else photo.", rich_help_panel=SETTINGS),
+    ] = None,
     validation: Annotated[
         Validation,
         typer.Option(help="Hold out classes (never seen in training), images, or none.", rich_help_panel=SETTINGS),
@@ -75,10 +84,8 @@ def train(
     ] = "auto",
     device: Device = None,
     workers: Workers = None,
-    seed: Annotated[
-        int, typer.Option(help="Of weights, batches, augmentation and the split.", rich_help_panel=SETTINGS)
-    ] = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace a model that --out holds.")] = False,
+    seed: Seed = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that --out holds.")] = False,
     json: Json = False,
 ) -> None:
     """Train an embedder on labelled images; the best epoch on held-out classes is kept.
@@ -87,15 +94,18 @@ def train(
 
     Example: vitembed train letters/ --out runs/letters --arch N/4 --image-size 28 --ink
     """
+    from dataclasses import replace
+
     from vitembed.training import Augment, ImageDataset, TrainConfig, build_loss, build_miner
     from vitembed.training import train as train_model
 
+    network = {"arch": arch, "stem": stem, "image_size": image_size, "pooling": pooling, "dim": dim, "ink": ink or None}
+    chosen: dict[str, Any] = {name: value for name, value in network.items() if value is not None}
     settings = TrainConfig(
         epochs=epochs,
         classes_per_batch=classes_per_batch,
         images_per_class=images_per_class,
         learning_rate=learning_rate,
-        augment=Augment.named(augment or ("ink" if ink else "photo")),
         validation=validation,
         validation_share=validation_share,
         precision=precision,
@@ -103,7 +113,10 @@ def train(
         seed=seed,
     )
     dataset = ImageDataset.load(data)
-    model = _model(init, arch, stem, image_size, pooling, dim, ink, seed, device)
+    model = _go_on(init, device, chosen) if init else _new(device, seed, **chosen)
+    settings = replace(
+        settings, augment=Augment.named(augment or ("photo" if model.preprocess.channels > 1 else "ink"))
+    )
     given = {"margin": margin, "mining": mining}
     loss_function = build_loss(
         loss,
@@ -128,32 +141,35 @@ def train(
         print_json({**figures, "history": result.history, "fingerprint": model.fingerprint})
     else:
         print_figures(figures)
-        typer.echo(f"\nNext: vitembed evaluate {out} {data} --held-out")
+        held_out = " --held-out" if model.provenance["held-out classes"] else ""
+        typer.echo(f"\nNext: vitembed evaluate {out} {data}{held_out}")
 
 
-def _model(
-    init: Path | None,
-    arch: str,
-    stem: Stem,
-    image_size: int,
-    pooling: Pooling,
-    dim: int | None,
-    ink: bool,
-    seed: int,
+def _go_on(init: Path, device: str | None, chosen: dict[str, Any]) -> "Embedder":
+    """Load the model to go on from, which decides on the network by itself."""
+    from vitembed.embedder import Embedder
+
+    if chosen:
+        options = ", ".join("--" + name.replace("_", "-") for name in chosen)
+        raise ConfigError(f"--init takes the network of {init} as it is; leave {options} out")
+    return Embedder.from_pretrained(init, device=device)
+
+
+def _new(
     device: str | None,
+    seed: int,
+    *,
+    arch: str = "S/16",
+    stem: Stem = "conv",
+    image_size: int = 224,
+    pooling: Pooling = "cls",
+    dim: int | None = None,
+    ink: bool = False,
 ) -> "Embedder":
+    """Make an untrained model."""
     from vitembed.embedder import Embedder
     from vitembed.images import Preprocess
 
-    if init is not None:
-        return Embedder.from_pretrained(init, device=device)
     size = (image_size, image_size)
-    return Embedder.create(
-        arch,
-        preprocess=Preprocess.grey(size) if ink else Preprocess(size),
-        stem=stem,
-        pooling=pooling,
-        dim=dim,
-        seed=seed,
-        device=device,
-    )
+    preprocess = Preprocess.grey(size) if ink else Preprocess(size)
+    return Embedder.create(arch, preprocess=preprocess, stem=stem, pooling=pooling, dim=dim, seed=seed, device=device)

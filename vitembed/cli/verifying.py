@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vitembed.cli.evaluating import HeldOut, load_labelled
-from vitembed.cli.output import BatchSize, Device, Json, print_figures, print_json
-from vitembed.errors import VerifierError
+from vitembed.cli.evaluating import HeldOut, find_model, load_labelled
+from vitembed.cli.output import BatchSize, Device, Json, Seed, print_figures, print_json, warn
+from vitembed.errors import ConfigError
 
 if TYPE_CHECKING:
     from vitembed.embedder import Embedder
@@ -25,7 +25,7 @@ def calibrate(
         int, typer.Option(min=2, help="Pairs to draw from a folder, half of them matching.")
     ] = 100_000,
     held_out: HeldOut = False,
-    seed: Annotated[int, typer.Option(help="Of the pairs that are drawn.")] = 0,
+    seed: Seed = 0,
     batch_size: BatchSize = 64,
     device: Device = None,
     json: Json = False,
@@ -44,6 +44,11 @@ def calibrate(
     location = str(model.absolute())
     verifier = Verifier.fit(embedder, pairs, far, location=location, batch_size=batch_size, progress=True)
     verifier.save(out)
+    if verifier.calibration.identities is not None and verifier.calibration.far_interval is None:
+        warn(
+            f"only {verifier.calibration.identities} identities: the rates hold for these images, "
+            "and nobody knows how they will be for others; calibrate on ten identities or more"
+        )
     figures = {"verifier": str(out), **asdict(verifier.calibration)}
     if json:
         print_json(figures)
@@ -71,9 +76,7 @@ def verify(
     from vitembed.verify import Verifier
 
     loaded = Verifier.load(verifier)
-    folder = model or loaded.location
-    if folder is None:
-        raise VerifierError(f"{verifier} does not say where its model is; name it with --model")
+    folder = find_model(verifier, loaded.location, model)
     bound = replace(loaded, model=Embedder.from_pretrained(folder, device=device))
     decision = bound.compare(left, right)
     if json:
@@ -94,6 +97,8 @@ def _pairs(model: "Embedder", data: Path, held_out: bool, max_pairs: int, seed: 
     from vitembed.verify import Pairs
 
     if data.is_file():
+        if held_out:
+            raise ConfigError(f"--held-out goes with a folder; {data} names its pairs itself")
         return Pairs.from_csv(data)
     dataset = load_labelled(model, data, held_out)
     return Pairs.from_labels(dataset.images, dataset.labels, max_pairs=max_pairs, seed=seed)

@@ -12,7 +12,7 @@ that would give a meaningless number (NaN, one class, one kind of pair) is an er
 """
 
 from vitembed.metrics.checks import checked_pairs, unit_rows
-from vitembed.metrics.intervals import bootstrap_interval, wilson_interval
+from vitembed.metrics.intervals import IDENTITIES_NEEDED, bootstrap_interval, wilson_interval
 from vitembed.metrics.pairs import (
     RocCurve,
     equal_error_rate,
@@ -25,6 +25,7 @@ from vitembed.metrics.pairs import (
 from vitembed.metrics.retrieval import QueryRanks, map_at_r, query_ranks, recall_at_k
 
 __all__ = [
+    "IDENTITIES_NEEDED",
     "QueryRanks",
     "RocCurve",
     "bootstrap_interval",

@@ -10,6 +10,9 @@ from numpy.typing import ArrayLike
 from vitembed.errors import ConfigError, DataError
 from vitembed.metrics.checks import Ints
 
+IDENTITIES_NEEDED = 10
+"""With fewer identities no interval over them is reported: too few draws differ, and it would claim certainty."""
+
 
 def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Return the interval of Wilson (1927) for a rate of which `successes` in `n` trials were seen.

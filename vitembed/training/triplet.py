@@ -14,7 +14,7 @@ What holds throughout:
 - The B x B distances exist one square block at a time, small enough for the cache, and only for the upper triangle: a
   block (i, j) serves the anchors among its rows and, by their own thresholds, those among its columns.
 - Rows are centred first. Distances do not change, and stay precise when all embeddings are nearly equal.
-- The gradient is made with the value, in one sweep, because by then every block is in the cache.
+- The gradient is made with the value, while a block is in the cache: a block is never made twice.
 """
 
 from collections.abc import Iterator
@@ -75,10 +75,8 @@ class ClassLayout:
 
     def class_start(self, position: int) -> int:
         """Return where the class of the image at a sorted position begins."""
-        for size, start, stop in self.groups:
-            if position < stop:
-                return start + (position - start) // size * size
-        raise IndexError(position)
+        size, start, _ = next(group for group in self.groups if position < group[2])
+        return start + (position - start) // size * size
 
 
 @dataclass(frozen=True)

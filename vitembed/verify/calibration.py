@@ -40,12 +40,15 @@ class Calibration:
         threshold: a pair is accepted when its score is at least this.
         far_wanted: the false-accept rate that was asked for, in (0, 1).
         far: the measured false-accept rate, at most `far_wanted`.
-        far_interval: 95 % interval of `far` (Wilson; pairs taken as independent, see `metrics.wilson_interval`).
+        far_interval: 95 % interval of `far` at this threshold: what another draw of as many identities could have
+            given (bootstrap). Where the identities are not known, Wilson's, which takes pairs as independent and is too
+            narrow where they share images. None with fewer than `IDENTITIES_NEEDED` identities: nobody knows then.
         frr: the measured false-reject rate.
         frr_interval: its 95 % interval, likewise.
         eer: the equal error rate of these pairs; its threshold is another one.
         matches: how many matching pairs were used.
         non_matches: how many non-matching pairs were used.
+        identities: how many identities they show; None where that is not known.
         logistic: from score to probability.
         prior: the share of matching pairs that the probability supposes, in (0, 1).
         protocol: how the threshold was chosen, in words.
@@ -54,24 +57,33 @@ class Calibration:
     threshold: float
     far_wanted: float
     far: float
-    far_interval: tuple[float, float]
+    far_interval: tuple[float, float] | None
     frr: float
-    frr_interval: tuple[float, float]
+    frr_interval: tuple[float, float] | None
     eer: float
     matches: int
     non_matches: int
     logistic: Logistic
+    identities: int | None = None
     prior: float = 0.5
     protocol: str = PROTOCOL
 
 
-def calibrate(scores: ArrayLike, is_match: ArrayLike, far: float = 0.01, *, prior: float = 0.5) -> Calibration:
+def calibrate(
+    scores: ArrayLike,
+    is_match: ArrayLike,
+    far: float = 0.01,
+    *,
+    identities: ArrayLike | None = None,
+    prior: float = 0.5,
+) -> Calibration:
     """Choose the threshold for a false-accept rate and fit the probability.
 
     Args:
         scores: (P,) finite, higher is more alike.
         is_match: (P,) booleans (or 0 and 1), both kinds present.
         far: the wanted false-accept rate, in (0, 1).
+        identities: (P, 2) whom the two images of each pair show, for the intervals; None if not known.
         prior: the share of matching pairs where the verifier will be used; it moves the probability alone.
 
     Raises:
@@ -84,21 +96,32 @@ def calibrate(scores: ArrayLike, is_match: ArrayLike, far: float = 0.01, *, prio
     checked, matching = metrics.checked_pairs(scores, is_match)
     genuine, impostor = checked[matching], checked[~matching]
     threshold = threshold_for_far(impostor, far)
-    accepted = int(np.count_nonzero(impostor >= threshold))
-    missed = int(np.count_nonzero(genuine < threshold))
+    names = None if identities is None else np.asarray(identities)
+    far_interval = _interval(impostor >= threshold, None if names is None else names[~matching])
+    frr_interval = _interval(genuine < threshold, None if names is None else names[matching])
     return Calibration(
         threshold=threshold,
         far_wanted=float(far),
-        far=accepted / impostor.size,
-        far_interval=metrics.wilson_interval(accepted, impostor.size),
-        frr=missed / genuine.size,
-        frr_interval=metrics.wilson_interval(missed, genuine.size),
+        far=float(np.mean(impostor >= threshold)),
+        far_interval=far_interval,
+        frr=float(np.mean(genuine < threshold)),
+        frr_interval=frr_interval,
         eer=metrics.equal_error_rate(checked, matching)[0],
         matches=genuine.size,
         non_matches=impostor.size,
         logistic=fit_logistic(checked, matching, prior=prior),
+        identities=None if names is None else int(np.unique(names).size),
         prior=float(prior),
     )
+
+
+def _interval(errors: NDArray[np.bool_], identities: NDArray[np.int64] | None) -> tuple[float, float] | None:
+    """Return the 95 % interval of the share of errors among pairs, (P,), with their identities (P, 2) if known."""
+    if identities is None:
+        return metrics.wilson_interval(int(np.count_nonzero(errors)), errors.size)
+    if np.unique(identities).size < metrics.IDENTITIES_NEEDED:
+        return None
+    return metrics.bootstrap_interval(lambda at: float(np.mean(errors[at])), identities)
 
 
 def impostors_needed(far: float) -> int:
@@ -106,7 +129,8 @@ def impostors_needed(far: float) -> int:
 
     The rule of three (Hanley and Lippman-Hand 1983, "If nothing goes wrong, is everything all right?"; ISO/IEC
     19795-1): when none of n independent trials errs, the error rate is below 3 / n with 95 % confidence. With fewer
-    pairs not even a threshold without any false accept would show that the wanted rate is kept.
+    pairs not even a threshold without any false accept would show that the wanted rate is kept. Pairs that share
+    images or identities are not independent, so that this is the least, not enough: see `Calibration.far_interval`.
 
     >>> impostors_needed(0.01), impostors_needed(0.001)
     (300, 3000)

@@ -29,14 +29,16 @@ class Pairs:
         left: the first image of each pair: a path, a PIL image or an array.
         right: the second image of each pair.
         is_match: (P,) bool, read-only.
+        identities: (P, 2) numbers of whom the two images show; None where that is not known, as in a table.
 
     Raises:
-        DataError: the three differ in length, are empty, or `is_match` holds something else than booleans.
+        DataError: they differ in length, are empty, or `is_match` holds something else than booleans.
     """
 
     left: tuple[ImageSource, ...]
     right: tuple[ImageSource, ...]
     is_match: NDArray[np.bool_]
+    identities: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "left", tuple(self.left))
@@ -49,6 +51,8 @@ class Pairs:
             raise DataError("expected at least one pair; got none")
         if flags.dtype != np.bool_:
             raise DataError(f"is_match must hold booleans; got {flags.dtype}")
+        if self.identities is not None and self.identities.shape != (flags.size, 2):
+            raise DataError(f"identities must have shape ({flags.size}, 2); got {self.identities.shape}")
         flags.flags.writeable = False
         object.__setattr__(self, "is_match", flags)
 
@@ -130,6 +134,8 @@ class Pairs:
         """
         if max_pairs < 2:
             raise ConfigError(f"max_pairs must be at least 2; got {max_pairs}")
+        if seed < 0:
+            raise ConfigError(f"seed must not be negative; got {seed}")
         codes = np.unique(np.asarray(labels), return_inverse=True)[1]
         if codes.shape != (len(images),):
             raise DataError(f"expected one label an image; got {codes.shape} labels for {len(images)} images")
@@ -147,11 +153,13 @@ class Pairs:
                 "pairs of both kinds need two identities and one of them with two images; "
                 f"got {len(images)} images of {count} {'identity' if count == 1 else 'identities'}"
             )
-        chosen = order[np.concatenate([genuine, impostor])]  # (P, 2)
+        pairs = np.concatenate([genuine, impostor])  # (P, 2)
+        chosen = order[pairs]
         return cls(
             tuple(images[i] for i in chosen[:, 0]),
             tuple(images[i] for i in chosen[:, 1]),
             np.arange(len(chosen)) < len(genuine),
+            codes[pairs],
         )
 
 

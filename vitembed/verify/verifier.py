@@ -127,7 +127,8 @@ class Verifier:
         """
         images, left, right = _distinct(pairs)
         vectors = model.encode(images, batch_size=batch_size, progress=progress)
-        calibration = calibrate(_cosines(vectors, left, right), pairs.is_match, far, prior=prior)
+        scores = _cosines(vectors, left, right)
+        calibration = calibrate(scores, pairs.is_match, far, identities=pairs.identities, prior=prior)
         return cls(calibration, model.fingerprint, location, _now(), model)
 
     @classmethod
@@ -303,9 +304,13 @@ def _parse_calibration(values: object) -> Calibration:
     for key in ("threshold", "far_wanted", "far", "frr", "eer", "prior"):
         checked[key] = _number(key, checked[key])
     for key in ("far_interval", "frr_interval"):
+        if checked[key] is None:
+            continue
         if not isinstance(checked[key], list) or len(checked[key]) != 2:
-            raise VerifierError(f"{key} must hold two numbers; got {checked[key]!r}")
+            raise VerifierError(f"{key} must hold two numbers or be null; got {checked[key]!r}")
         checked[key] = tuple(_number(key, value) for value in checked[key])
+    if checked["identities"] is not None and (type(checked["identities"]) is not int or checked["identities"] < 1):
+        raise VerifierError(f"identities must be a count or null; got {checked['identities']!r}")
     for key in ("matches", "non_matches"):
         if type(checked[key]) is not int or checked[key] < 1:
             raise VerifierError(f"{key} must be a count; got {checked[key]!r}")
