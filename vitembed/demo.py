@@ -267,8 +267,8 @@ def add_figures(
         "Scores of all pairs of unseen images, and the threshold.",
     )
     page.paragraph(
-        f"The threshold was chosen for a false-accept rate of {FAR:.0%} on {CHOOSING} images of the first {TRAINED:,}. "
-        f"On the images never seen it accepts {outcome.far:.2%} of the non-matching pairs and rejects {outcome.frr:.2%} "
+        f"The threshold was chosen for a false-accept rate of {FAR:.0%} on {CHOOSING} of the first {TRAINED:,} images. "
+        f"On images never seen it accepts {outcome.far:.2%} of the non-matching pairs and rejects {outcome.frr:.2%} "
         "of the matching ones. A threshold from so few images is uncertain: over the digits, the 95 % interval of its "
         f"false-accept rate was {interval(outcome.verifier.calibration.far_interval)}."
     )
