@@ -212,6 +212,7 @@ def test_half_precision_is_computed_in_float32(loss: nn.Module, dtype: torch.dty
     torch.testing.assert_close(leaf.grad, reference.to(dtype))
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower")  # torch says so on Python 3.13.0 alone
 def test_a_compiled_loss_is_the_same_loss() -> None:
     embeddings, labels = batch("4 each", pull=0.5)
     loss = TripletLoss()
