@@ -125,6 +125,17 @@ def test_attentions_sum_to_one_and_change_nothing() -> None:
         torch.testing.assert_close(attention.sum(-1), torch.ones(2, 4, 7))
 
 
+def test_with_and_without_a_graph_the_embedding_is_the_same() -> None:
+    vit = randomised(ViT(small()))
+    images = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        without = vit(images, patches=True)
+    with_graph = vit(images, patches=True)
+    assert with_graph.cls.requires_grad
+    torch.testing.assert_close(with_graph.cls, without.cls, rtol=0, atol=1e-6)
+    torch.testing.assert_close(with_graph.patches, without.patches, rtol=0, atol=1e-6)
+
+
 def test_an_image_is_embedded_the_same_alone_and_in_a_batch() -> None:
     vit = randomised(ViT(small(stem=conv_stem(32, 8))))
     images = torch.randn(5, 3, 16, 24, generator=torch.Generator().manual_seed(0))
