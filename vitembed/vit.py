@@ -278,7 +278,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., W) for (..., W)."""
         x = self.fc1(x)  # (..., hidden), the largest tensor of a block
-        # Without a graph it may be overwritten, which spares a second tensor of that size and a tenth of all the time.
+        # Without a graph it may be overwritten, which spares the traffic of a second tensor of that size.
         x = F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
         x = self.fc2(x)
         return x
