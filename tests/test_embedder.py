@@ -1,9 +1,11 @@
 """The embedder: images in, unit rows out, saved and loaded without a difference."""
 
-import json
+import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +13,9 @@ import torch
 from PIL import Image
 
 from vitembed.embedder import Embedder
-from vitembed.errors import CheckpointError, ConfigError, ImageError, ModelMismatchError, VectorError, VitembedError
-from vitembed.images import Preprocess
+from vitembed.errors import ConfigError, ImageError, ModelMismatchError, VectorError
+from vitembed.preprocess import Preprocess
 from vitembed.vit import ViTConfig
-from vitembed.weights import load_state
 
 
 def tiny(seed: int = 0, **changes: object) -> Embedder:
@@ -172,108 +173,14 @@ def test_creating_a_model_leaves_the_global_random_state_alone() -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_saving_again_replaces_and_a_failed_save_leaves_the_old_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, new = tiny(), tiny(seed=1)
-    old.save_pretrained(tmp_path)
-    monkeypatch.setattr(Path, "replace", _fail)
-    with pytest.raises(VitembedError, match="No space left"):
-        new.save_pretrained(tmp_path)
-    monkeypatch.undo()
-    assert Embedder.from_pretrained(tmp_path).fingerprint == old.fingerprint
-    new.save_pretrained(tmp_path)
-    assert Embedder.from_pretrained(tmp_path).fingerprint == new.fingerprint
-    assert len(list(tmp_path.iterdir())) == 3
-
-
-def _fail(self: Path, target: Path) -> None:
-    raise OSError(28, "No space left on device", str(self))
-
-
-def test_weights_alone_are_a_whole_model(tmp_path: Path) -> None:
-    model = tiny()
-    model.save_pretrained(tmp_path)
-    (tmp_path / "config.json").unlink()
-    (tmp_path / "README.md").unlink()
-    assert Embedder.from_pretrained(tmp_path).fingerprint == model.fingerprint
-
-
-def test_an_edited_config_is_refused_not_ignored(tmp_path: Path) -> None:
-    tiny().save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    config["pooling"] = "mean"
-    path.write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="'pooling' differs"):
-        Embedder.from_pretrained(tmp_path)
-    path.write_text("{")
-    with pytest.raises(CheckpointError, match="delete it"):
-        Embedder.from_pretrained(tmp_path)
-    path.write_text("[]")
-    with pytest.raises(CheckpointError, match="delete it"):
-        Embedder.from_pretrained(tmp_path)
-
-
-def test_a_kill_between_the_files_leaves_a_model_that_loads(tmp_path: Path) -> None:
-    tiny().save_pretrained(tmp_path)
-    stale = (tmp_path / "config.json").read_text()
-    new = tiny(pooling="mean", dim=7)
-    new.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(stale)
-    assert Embedder.from_pretrained(tmp_path).fingerprint == new.fingerprint
-
-
-def test_the_files_may_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
-    tiny().save_pretrained(tmp_path)
-    (tmp_path / "plain").touch()
-    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
-    assert len(modes) == 1
-
-
-def test_damaged_weights_are_one_clear_error(tmp_path: Path) -> None:
-    tiny().save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
-    whole = path.read_bytes()
-    for content, words in [
-        (whole[:-1], "damaged or no safetensors"),
-        (b"", "damaged or no safetensors"),
-        (whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], "fingerprint"),
-    ]:
-        path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=words):
-            Embedder.from_pretrained(tmp_path)
-    path.unlink()
-    with pytest.raises(CheckpointError, match="no weights"):
-        Embedder.from_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="vitembed train"):
-        Embedder.from_pretrained(tmp_path / "missing")
-
-
-def test_files_of_others_and_newer_formats_are_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="no description"):
-        Embedder.from_pretrained(tmp_path)
-    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"vitembed": '{"format": 2}'})
-    with pytest.raises(CheckpointError, match="format 2"):
-        Embedder.from_pretrained(tmp_path)
-    for header, words in (("{", "no JSON"), ("[]", "no JSON object"), ('{"format": 1}', "lacks dim, fingerprint")):
-        save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"vitembed": header})
-        with pytest.raises(CheckpointError, match=words):
-            Embedder.from_pretrained(tmp_path)
-
-
-def test_a_mismatch_names_both_sides(tmp_path: Path) -> None:
-    module = torch.nn.Linear(2, 3)
-    with pytest.raises(CheckpointError, match=r"-weight \(3, 2\).*\+weight \(4, 2\), \+extra \(1,\)"):
-        load_state(module, {"weight": torch.zeros(4, 2), "bias": torch.zeros(3), "extra": torch.zeros(1)}, tmp_path)
-
-
 def test_settings_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match="pre-processing gives 3 channels"):
         Embedder.create(ViTConfig((16, 16), 4, 1, 32, 1, 2), preprocess=Preprocess((16, 16)))
+    for arch in (ViTConfig((16, 16), 4, 3, 32, 1, 2), "timm:test_resnet"):
+        with pytest.raises(ConfigError, match="stem='conv' is for a named size"):
+            Embedder.create(arch, preprocess=Preprocess((16, 16)), stem="conv")
+    with pytest.raises(ConfigError, match="did you mean 'bf16'"):
+        Embedder(tiny().network, tiny().preprocess, precision="bf61")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="did you mean 'cls'"):
         tiny(pooling="clss")
     with pytest.raises(ConfigError, match="dim"):
@@ -298,12 +205,6 @@ def test_nan_weights_are_an_error_not_embeddings() -> None:
         model.encode([picture(0)])
 
 
-def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot create the folder"):
-        tiny().save_pretrained(tmp_path / "file" / "model")
-
-
 def test_an_index_refuses_another_models_embeddings(tmp_path: Path) -> None:
     from vitembed.index import Index
 
@@ -319,3 +220,154 @@ def test_the_progress_bar_goes_to_standard_error(capfd: pytest.CaptureFixture[st
     out, err = capfd.readouterr()
     assert out == ""
     assert "1/1" in err
+
+
+# The same weights, used otherwise.
+
+
+def plain(**changes: Any) -> Embedder:
+    """Return a small model with linear patches, whose random weights are large enough to matter."""
+    config = ViTConfig((16, 24), 4, 3, 32, 3, 4, **changes)
+    model = Embedder.create(config, preprocess=Preprocess((16, 24)), device="cpu", dim=12)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def images(count: int = 4) -> list[np.ndarray]:
+    return [picture(i) for i in range(count)]
+
+
+@pytest.mark.parametrize("stem", ["linear", "conv"])
+def test_a_model_for_another_image_size_has_the_same_weights(tmp_path: Path, stem: str) -> None:
+    model = Embedder.create("N/4", preprocess=Preprocess((16, 16)), stem=stem, dim=24, device="cpu")  # type: ignore[arg-type]
+    before = model.encode(images())
+    other = model.replace(image_size=(24, 32))
+    assert other.preprocess == dataclasses.replace(model.preprocess, size=(24, 32))
+    assert other.network.input_shape == (3, 24, 32)
+    ours, theirs = model.network.state_dict(), other.network.state_dict()
+    different = (
+        [name for name in ours if not torch.equal(ours[name], theirs[name])] if ours.keys() == theirs.keys() else None
+    )
+    assert different == ["backbone.pos_embed"]
+    assert other.fingerprint != model.fingerprint
+    other.save_pretrained(tmp_path)
+    loaded = Embedder.from_pretrained(tmp_path, device="cpu")
+    np.testing.assert_array_equal(loaded.encode(images()), other.encode(images()))
+    with torch.no_grad():
+        for parameter in other.network.parameters():
+            parameter.zero_()
+    np.testing.assert_array_equal(model.encode(images()), before)
+    assert model.replace(image_size=32).preprocess.size == (32, 32)
+
+
+def test_a_merging_model_is_near_and_has_its_own_fingerprint(tmp_path: Path) -> None:
+    model = plain()
+    fingerprint, exact = model.fingerprint, model.encode(images())
+    merging = model.replace(merge=3)
+    assert merging.fingerprint != fingerprint == model.fingerprint
+    near = merging.encode(images())
+    assert np.abs(near - exact).max() > 1e-6
+    assert (near * exact).sum(axis=1).min() > 0.9
+    merging.save_pretrained(tmp_path)
+    np.testing.assert_array_equal(Embedder.from_pretrained(tmp_path, device="cpu").encode(images()), near)
+    again = merging.replace(merge=0)
+    assert again.fingerprint == fingerprint
+    np.testing.assert_array_equal(again.encode(images()), exact)
+
+
+def test_replacing_keeps_settings_and_provenance_and_draws_no_random_numbers() -> None:
+    model = plain()
+    model = Embedder(model.network, model.preprocess, device="cpu", precision="bf16", provenance={"data": "birds"})
+    state = torch.get_rng_state()
+    same = model.replace()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (same.precision, same.provenance, same.fingerprint) == ("bf16", {"data": "birds"}, model.fingerprint)
+
+
+def test_a_replacement_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match="multiples of the patch size 4"):
+        plain().replace(image_size=18)
+    with pytest.raises(ConfigError, match="merge must be"):
+        plain().replace(merge=-1)
+    with pytest.raises(ConfigError, match="this needs a ViT of vitembed"):
+        Embedder.create("timm:test_resnet", preprocess=Preprocess((32, 32))).replace(merge=2)
+
+
+@pytest.mark.parametrize("merge", [0, 3])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_is_near_and_gives_float32_rows_of_length_one(precision: Any, merge: int) -> None:
+    exact = plain(merge=merge)
+    coarse = Embedder(exact.network, exact.preprocess, device="cpu", precision=precision)
+    near, rows = coarse.encode(images()), exact.encode(images())
+    assert near.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(near, axis=1), 1, atol=1e-6)
+    assert 1e-6 < np.abs(near - rows).max() < (0.02 if merge == 0 else 0.2)  # merging may choose another pair
+    assert coarse.fingerprint == exact.fingerprint
+
+
+@pytest.mark.skipif(
+    shutil.which("gcc") is None and shutil.which("clang") is None, reason="torch.compile needs a compiler"
+)
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own deprecated parts
+def test_a_compiled_model_gives_the_same_embeddings() -> None:
+    config = ViTConfig((16, 16), 8, 3, 32, 1, 4)  # the compiler takes seconds for each kind of layer
+    model = Embedder.create(config, preprocess=Preprocess((16, 16)), device="cpu")
+    compiled = Embedder(model.network, model.preprocess, device="cpu", compile=True)
+    np.testing.assert_allclose(compiled.encode(images()), model.encode(images()), rtol=0, atol=1e-5)
+    assert compiled.fingerprint == model.fingerprint
+
+
+# Networks of others, and classification.
+
+
+def test_a_network_of_timm_is_an_embedder_by_its_name() -> None:
+    model = Embedder.create("timm:test_resnet", preprocess=Preprocess((32, 32)), dim=6, device="cpu")
+    rows = model.encode(images())
+    assert rows.shape == (4, 6)
+    again = Embedder.create("timm:test_resnet", preprocess=Preprocess((32, 32)), dim=6, device="cpu")
+    assert again.fingerprint == model.fingerprint, "the same for the same seed"
+    with pytest.raises(ConfigError, match=r"has no model 'test_resnets'; did you mean 'test_resnet'\?"):
+        Embedder.create("timm:test_resnets")
+
+
+def test_a_module_of_ones_own_is_an_embedder() -> None:
+    module = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    preprocess = Preprocess((16, 16), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    model = Embedder.from_module(module, preprocess, device="cpu")
+    pixels = np.stack([preprocess(image) for image in images()]).astype(np.float64)
+    means = pixels.mean(axis=(2, 3))
+    np.testing.assert_allclose(model.encode(images()), means / np.linalg.norm(means, axis=1, keepdims=True), atol=1e-6)
+    with pytest.raises(ConfigError, match=r"must give features of shape"):
+        Embedder.from_module(torch.nn.Flatten(start_dim=0), preprocess)
+
+
+def test_probabilities_of_the_classes_sum_to_one() -> None:
+    model = plain(num_classes=5)
+    model.provenance["classes"] = list("abcde")
+    rows = model.classify(images(), batch_size=3)
+    assert rows.shape == (4, 5)
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(rows.sum(axis=1), 1, atol=1e-6)
+    pixels = torch.from_numpy(np.stack([model.preprocess(image) for image in images()]))
+    vit = model.network.vit
+    expected = vit(model.network.normalise(pixels)).logits.softmax(dim=1).detach().numpy()
+    np.testing.assert_allclose(rows, expected, atol=1e-6)
+    assert model.classes == list("abcde")
+    assert model.classify([]).shape == (0, 5)
+    with pytest.raises(ImageError, match="missing"):
+        model.classify(["missing.png"])
+    with torch.no_grad():
+        vit.head.bias[0] = float("nan")
+    with pytest.raises(VectorError, match="NaN"):
+        model.classify(images())
+
+
+def test_without_a_head_there_are_no_classes() -> None:
+    foreign = Embedder.create("timm:test_resnet", preprocess=Preprocess((32, 32)), device="cpu")
+    for model in (plain(), foreign):
+        assert model.classes == []
+        with pytest.raises(ConfigError, match="no classification head; train one with"):
+            model.classify(images())

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from vitembed.errors import ConfigError, DataError, ImageError
-from vitembed.images import IMAGE_SUFFIXES, Preprocess, list_images, load_image
+from vitembed.errors import DataError, ImageError
+from vitembed.images import IMAGE_SUFFIXES, list_images, load_image
 
 
 @pytest.fixture
@@ -54,18 +54,6 @@ def test_rgb_file_array_and_pil_image_give_equal_pixels(rgb: np.ndarray, tmp_pat
         assert type(image) is Image.Image
         assert image.mode == "RGB"
         np.testing.assert_array_equal(np.asarray(image), rgb)
-
-
-@pytest.mark.parametrize("settings", [Preprocess((24, 32)), Preprocess.grey((20, 20))], ids=["rgb", "grey"])
-def test_preprocess_gives_equal_pixels_for_path_pil_and_array(
-    rgb: np.ndarray, tmp_path: Path, settings: Preprocess
-) -> None:
-    path = saved(Image.fromarray(rgb), tmp_path / "a.png")
-    expected = settings(path)
-    with Image.open(path) as opened:
-        np.testing.assert_array_equal(settings(opened), expected)
-    np.testing.assert_array_equal(settings(Image.fromarray(rgb)), expected)
-    np.testing.assert_array_equal(settings(rgb), expected)
 
 
 def test_grey_stays_grey_and_bilevel_becomes_grey(grey: np.ndarray, tmp_path: Path) -> None:
@@ -355,6 +343,26 @@ def test_other_objects_are_refused(source: object) -> None:
         load_image(source)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_result_shares_no_pixels_with_the_image_passed(mode: str) -> None:
+    given = Image.new(mode, (4, 3), "white")
+    load_image(given).paste("black", (0, 0, 4, 3))
+    assert np.asarray(given).min() == 255
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".bmp", ".gif", ".webp"])
+def test_result_outlives_its_file_without_metadata(rgb: np.ndarray, tmp_path: Path, suffix: str) -> None:
+    path = saved(Image.fromarray(rgb), tmp_path / f"a{suffix}")
+    image = load_image(path)
+    with Image.open(path) as opened:
+        expected = np.asarray(opened.convert("RGB"))
+    path.write_bytes(b"")
+    assert type(image) is Image.Image
+    assert (image.info, image.format) == ({}, None)
+    np.testing.assert_array_equal(np.asarray(pickle.loads(pickle.dumps(image))), expected)
+    image.paste("black", (0, 0, 5, 5))  # it may be changed
+
+
 def test_strided_arrays_are_read_right(rgb: np.ndarray) -> None:
     np.testing.assert_array_equal(np.asarray(load_image(rgb[::2, ::-1])), rgb[::2, ::-1])
 
@@ -407,109 +415,3 @@ def test_subfolder_that_cannot_be_read_is_an_error_not_a_gap(tmp_path: Path, mon
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match="locked cannot be read: Permission denied; move it"):
         list_images(tmp_path)
-
-
-# Preprocess
-
-
-@pytest.mark.parametrize("resize", ["crop", "pad", "squash"])
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 4000), (4000, 1), (17, 300), (300, 17), (24, 40), (64, 64)])
-def test_result_is_contiguous_writable_uint8_of_the_size(resize: str, mode: str, shape: tuple[int, int]) -> None:
-    values = (0.5,) * (3 if mode == "RGB" else 1)
-    preprocess = Preprocess((24, 40), mode, resize, mean=values, std=values)
-    pixels = preprocess(np.full((*shape, 3), 77, np.uint8))
-    assert pixels.shape == (preprocess.channels, 24, 40)
-    assert pixels.dtype == np.uint8
-    assert pixels.flags.c_contiguous
-    assert pixels.flags.writeable
-    if resize != "pad":
-        assert (pixels == 77).all()
-    else:
-        assert set(np.unique(pixels)) <= {77, 255}
-
-
-@pytest.mark.parametrize("shape", [(37, 53), (53, 37), (224, 300), (500, 33), (40, 40), (480, 641)])
-@pytest.mark.parametrize("size", [(32, 32), (24, 40), (64, 16)])
-def test_crop_equals_resizing_the_short_side_then_cutting_the_middle_out(
-    shape: tuple[int, int], size: tuple[int, int]
-) -> None:
-    image = Image.fromarray(np.random.default_rng(2).integers(0, 256, (*shape, 3), dtype=np.uint8))
-    (height, width), (tall, wide) = shape, size
-    scale = max(tall / height, wide / width)
-    whole = image.resize((max(wide, int(width * scale + 1e-9)), max(tall, int(height * scale + 1e-9))), Image.BICUBIC)
-    left, top = round((whole.width - wide) / 2), round((whole.height - tall) / 2)
-    expected = np.asarray(whole.crop((left, top, left + wide, top + tall))).transpose(2, 0, 1).astype(int)
-    assert np.abs(Preprocess(size)(image) - expected).max() <= 1
-
-
-def test_extreme_aspect_ratio_does_not_grow_on_the_way() -> None:
-    line = np.zeros((1, 60_000), np.uint8)  # resized whole and then cropped, it would have 3 billion pixels
-    assert Preprocess((224, 224))(line).shape == (3, 224, 224)
-
-
-def test_pad_keeps_the_aspect_ratio_and_centres() -> None:
-    pixels = Preprocess((8, 8), resize="pad", fill=9)(np.full((2, 4, 3), 100, np.uint8))
-    expected = np.full((3, 8, 8), 9)
-    expected[:, 2:6] = 100
-    np.testing.assert_array_equal(pixels, expected)
-
-
-def test_squash_equals_pillow(rgb: np.ndarray) -> None:
-    for name in ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"):
-        expected = Image.fromarray(rgb).resize((20, 10), Image.Resampling[name.upper()])
-        pixels = Preprocess((10, 20), resize="squash", interpolation=name)(rgb)
-        np.testing.assert_array_equal(pixels.transpose(1, 2, 0), np.asarray(expected))
-
-
-@pytest.mark.parametrize("invert", [True, False])
-def test_grey_ink_has_a_ground_of_zero(invert: bool) -> None:
-    drawing = np.full((10, 20), 255 if invert else 0, np.uint8)
-    drawing[5, 5:15] = 255 - drawing[0, 0]
-    pixels = Preprocess.grey((40, 40), invert=invert, interpolation="nearest")(drawing)
-    assert pixels.shape == (1, 40, 40)
-    assert pixels[0, :10].max() == pixels[0, 30:].max() == 0  # padding
-    assert pixels[0, 0, 0] == 0
-    assert pixels.max() == 255
-    assert np.mean(pixels > 0) == pytest.approx(10 / 200 / 2)
-
-
-def test_settings_survive_json_like_dictionaries() -> None:
-    for settings_ in (Preprocess(), Preprocess.grey((105, 90)), Preprocess((7, 9), resize="pad", fill=3)):
-        values = settings_.to_dict()
-        assert all(isinstance(value, list | str | int) for value in values.values())
-        assert Preprocess.from_dict(values) == settings_
-        assert pickle.loads(pickle.dumps(settings_)) == settings_
-    assert Preprocess.from_dict({}) == Preprocess()
-
-
-def test_unknown_setting_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'interpolation'"):
-        Preprocess.from_dict({"interpolaton": "bicubic"})
-
-
-@pytest.mark.parametrize(
-    ("values", "reason"),
-    [
-        ({"size": 224}, r"size must be \(height, width\), two positive integers; got 224"),
-        ({"size": (0, 224)}, "size must be"),
-        ({"size": (224,)}, "size must be"),
-        ({"size": (224.0, 224)}, "size must be"),
-        ({"size": (True, 224)}, "size must be"),
-        ({"mode": "RGBA"}, "unknown mode 'RGBA'; did you mean 'RGB'"),
-        ({"mode": 3}, "mode must be one of RGB, L; got 3"),
-        ({"resize": "padd"}, "did you mean 'pad'"),
-        ({"interpolation": "cubic"}, "did you mean 'bicubic'"),
-        ({"mode": "L"}, r"mean must hold 1 number\(s\) for mode 'L'"),
-        ({"mean": ("a", "b", "c")}, "mean must hold 3"),
-        ({"mean": (0, 0, float("nan"))}, "mean must be finite"),
-        ({"std": (1, 1)}, "std must hold 3"),
-        ({"std": (1.0, 0.0, 1.0)}, "std must be above 0"),
-        ({"invert": 1}, "invert must be true or false; got 1"),
-        ({"fill": 256}, "fill must be an integer from 0 to 255; got 256"),
-        ({"fill": True}, "fill must be an integer"),
-    ],
-)
-def test_wrong_settings_are_refused(values: dict, reason: str) -> None:
-    with pytest.raises(ConfigError, match=reason):
-        Preprocess(**values)

@@ -9,8 +9,9 @@ import pytest
 
 from vitembed.embedder import Embedder
 from vitembed.evaluate import evaluate_embeddings
-from vitembed.images import Preprocess, load_image
+from vitembed.images import load_image
 from vitembed.index import Index, sync
+from vitembed.preprocess import Preprocess
 from vitembed.training import Augment, ImageDataset, TrainConfig, TripletLoss, train
 
 DATA = Path(os.environ.get("VITEMBED_DATA", "missing"))

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vitembed.embedder import Embedder as Embedder
     from vitembed.errors import VitembedError as VitembedError
-    from vitembed.images import Preprocess as Preprocess
     from vitembed.index import Hit as Hit
     from vitembed.index import Index as Index
     from vitembed.index import sync as sync
+    from vitembed.preprocess import Preprocess as Preprocess
     from vitembed.training import Augment as Augment
     from vitembed.training import ContrastiveLoss as ContrastiveLoss
     from vitembed.training import ImageDataset as ImageDataset
@@ -38,7 +38,7 @@ _HOME = {
     "ImageDataset": "vitembed.training",
     "Index": "vitembed.index",
     "Pairs": "vitembed.verify",
-    "Preprocess": "vitembed.images",
+    "Preprocess": "vitembed.preprocess",
     "TrainConfig": "vitembed.training",
     "TripletLoss": "vitembed.training",
     "Verifier": "vitembed.verify",

@@ -27,9 +27,10 @@ from vitembed.errors import VitembedError
 from vitembed.evaluate import EvaluationReport, evaluate_embeddings
 from vitembed.explain import attention_maps
 from vitembed.files import atomic_write
-from vitembed.images import Preprocess, load_image
+from vitembed.images import load_image
 from vitembed.index import Hit, Index, sync
 from vitembed.metrics import pair_scores
+from vitembed.preprocess import Preprocess
 from vitembed.report import Page, Tile
 from vitembed.training import Augment, ImageDataset, TrainConfig, TrainResult, TripletLoss, train
 from vitembed.verify import Decision, Pairs, Verifier

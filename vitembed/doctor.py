@@ -84,7 +84,7 @@ def _devices() -> Finding:
 def _threads() -> Finding:
     import torch
 
-    from vitembed.embedder import available_cores
+    from vitembed.decoding import available_cores
 
     cores = available_cores()
     threads = torch.get_num_threads()

@@ -21,20 +21,26 @@ DPI = 120
 
 
 def plot_history(history: Sequence[Mapping[str, Any]], best_epoch: int) -> bytes:
-    """Draw the figures of each epoch: the loss, the share of active triplets and recall@1, and the distances.
+    """Draw the figures of each epoch: the loss, the shares (active triplets, recall@1, accuracy), and the distances.
 
     Args:
-        history: one record an epoch with "epoch" and any of "loss", "active", "recall@1", "positive_distance" and
-            "negative_distance"; what is missing or None is left out.
+        history: one record an epoch with "epoch" and any of "loss", "active", "accuracy", "validation accuracy",
+            "recall@1", "positive_distance" and "negative_distance"; what is missing or None is left out.
         best_epoch: marked by a line.
 
     Returns:
         A PNG.
     """
     figure, panels = _figure(3, size=(10, 3))
+    shares = [
+        ("active", "active triplets", NON_MATCH),
+        ("accuracy", "training accuracy", FAINT),
+        ("validation accuracy", "validation accuracy", ACCENT),
+        ("recall@1", "validation recall@1", MATCH),
+    ]
     curves = [
         ("loss", [("loss", "loss", ACCENT)]),
-        ("share", [("active", "active triplets", NON_MATCH), ("recall@1", "validation recall@1", MATCH)]),
+        ("share", shares),
         ("distance", [("positive_distance", "positives", MATCH), ("negative_distance", "negatives", NON_MATCH)]),
     ]
     for axes, (ylabel, lines) in zip(panels, curves, strict=True):
@@ -98,6 +104,80 @@ def overlay(image: Image.Image, heat: ArrayLike, *, side: int = 160) -> Image.Im
     colours = colormaps["inferno"](strength)[..., :3]  # (H, W, 3)
     alpha = 0.65 * strength[..., None]
     return Image.fromarray(np.round(255 * (base * (1 - alpha) + colours * alpha)).astype(np.uint8))
+
+
+def plot_shared(
+    images: Sequence[Image.Image],
+    maps: Sequence[ArrayLike],
+    *,
+    names: Sequence[str],
+    score: float,
+    residuals: Sequence[float],
+) -> bytes:
+    """Draw two images side by side, with what each patch contributes to their score.
+
+    Args:
+        images: two images, as the network sees them; they are drawn in grey.
+        maps: (rows, columns) contributions for each; both are drawn on one scale of colour.
+        names: what stands above each.
+        score: of the two.
+        residuals: what no patch of either image contributes.
+
+    Returns:
+        A PNG.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
+
+    contributions = [np.asarray(values, dtype=np.float64) for values in maps]
+    # One patch that stands out would leave all others pale.
+    limit = float(np.quantile(np.abs(np.concatenate([values.ravel() for values in contributions])), 0.97)) or 1.0
+    figure, panels = _figure(2, size=(8, 4.4))
+    for axes, image, values, name, residual in zip(panels, images, contributions, names, residuals, strict=True):
+        axes.imshow(image.convert("L"), cmap="gray", vmin=-60, vmax=330)  # paler than it is, so that colours stand out
+        colours = np.where(values[..., None] < 0, to_rgb(NON_MATCH), to_rgb(MATCH))  # (rows, columns, 3)
+        strength = 0.85 * np.clip(np.abs(values) / limit, 0, 1)
+        extent = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
+        axes.imshow(np.dstack([colours, strength]), extent=extent, interpolation="nearest")
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel(f"patches {values.sum():+.3f}, the rest {residual:+.3f}", fontsize=9)
+        axes.spines[:].set_visible(False)
+    figure.suptitle(f"score {score:.3f}", fontsize=11)
+    signs = LinearSegmentedColormap.from_list("signs", [NON_MATCH, "white", MATCH])
+    scale = ScalarMappable(Normalize(-limit, limit), cmap=signs)
+    bar = figure.colorbar(scale, ax=panels, shrink=0.7, extend="both")
+    bar.set_label("contribution of a patch to the score", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    return _png(figure)
+
+
+def plot_attention_distances(distances: ArrayLike, *, everywhere: float | None = None) -> bytes:
+    """Draw how far each head looks, by layer: figure 7 (right) of the ViT paper (2021, arXiv:2010.11929).
+
+    Args:
+        distances: (depth, heads) mean attention distances in pixels; NaN is left out.
+        everywhere: that of a head which looks at all patches alike; drawn as a line.
+
+    Returns:
+        A PNG: one dot a head; colours tell the shortest to the longest sight of a layer.
+    """
+    from matplotlib import colormaps
+
+    values = np.sort(np.asarray(distances, dtype=np.float64), axis=1)  # NaN goes last
+    depth, heads = values.shape
+    figure, (axes,) = _figure(1, size=(6, 3.6))
+    for rank in range(heads):
+        colour = colormaps["viridis"](0.9 * rank / max(1, heads - 1))
+        axes.scatter(np.arange(1, depth + 1), values[:, rank], s=18, color=[colour])
+    if everywhere is not None:
+        axes.axhline(everywhere, color=FAINT, linestyle=":", linewidth=1, label="attention to all patches alike")
+        axes.legend(frameon=False, fontsize=8)
+    axes.set(xlabel="layer", ylabel="mean attention distance (pixels)")
+    axes.set_xticks(np.arange(1, depth + 1, max(1, depth // 12)))
+    highest = max(float(np.nanmax(values, initial=0.0)), everywhere or 0.0)
+    axes.set_ylim(0, 1.08 * highest or 1.0)
+    return _png(figure)
 
 
 def _figure(columns: int, *, size: tuple[float, float]) -> "tuple[Figure, list[Axes]]":

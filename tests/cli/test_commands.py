@@ -75,7 +75,7 @@ def test_train_without_validation_says_so_and_so_does_evaluate(cli: Runner, worl
         (["--epoch", "3"], "--epochs"),
         (["--augment", "inks"], "did you mean 'ink'"),
         (["--image-size", "10"], "multiples of the patch size"),
-        (["--init", "missing"], "leave --arch, --image-size, --ink out"),
+        (["--init", "missing"], "leave --arch, --ink out"),
         (["--seed", "-1"], "--seed"),
         (["--dim", "100000000000"], "out of memory"),
         (["--device", "gpu"], "cannot be used here"),

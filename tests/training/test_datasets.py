@@ -9,7 +9,7 @@ import torchvision
 from PIL import Image
 
 from vitembed.errors import ConfigError, DataError, ImageError, MissingExtraError
-from vitembed.images import Preprocess
+from vitembed.preprocess import Preprocess
 from vitembed.training import datasets
 from vitembed.training.datasets import ImageDataset, PixelDataset
 

@@ -12,15 +12,26 @@ from PIL import Image
 
 from vitembed.embedder import Embedder
 from vitembed.errors import ConfigError, DataError, TrainingError
-from vitembed.images import Preprocess
-from vitembed.training import Augment, ContrastiveLoss, ImageDataset, TrainConfig, TripletLoss, loop, train
+from vitembed.preprocess import Preprocess
+from vitembed.training import (
+    Augment,
+    ContrastiveLoss,
+    CrossEntropyLoss,
+    ImageDataset,
+    TrainConfig,
+    TripletLoss,
+    learner,
+    loop,
+    stepper,
+    train,
+)
 from vitembed.vit import ViTConfig
 
 QUICK: dict[str, Any] = {"epochs": 2, "classes_per_batch": 4, "images_per_class": 4, "workers": 0}
 
 
-def embedder(seed: int = 0, device: str = "cpu") -> Embedder:
-    config = ViTConfig((8, 8), 4, 1, width=16, depth=2, heads=2, stem=((8, 2), (16, 2)))
+def embedder(seed: int = 0, device: str = "cpu", **options: Any) -> Embedder:
+    config = ViTConfig((8, 8), 4, 1, width=16, depth=2, heads=2, stem=((8, 2), (16, 2)), **options)
     preprocess = Preprocess.grey((8, 8), resize="squash", invert=False)
     return Embedder.create(config, preprocess=preprocess, seed=seed, device=device)
 
@@ -38,12 +49,12 @@ def stripes(classes: int = 8, per_class: int = 8, seed: int = 0) -> ImageDataset
     return ImageDataset.from_arrays(images, labels)
 
 
-def test_training_lowers_the_loss_and_finds_neighbours_of_the_class(tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_finds_neighbours_of_the_class() -> None:
     model = embedder()
     config = TrainConfig(
         epochs=40, classes_per_batch=8, images_per_class=4, validation="images", validation_share=0.25, workers=0
     )
-    result = train(model, stripes(per_class=16), loss=TripletLoss(0.3, "all"), config=config, out=tmp_path / "run")
+    result = train(model, stripes(per_class=16), loss=TripletLoss(0.3, "all"), config=config)
     first, last = result.history[0], result.history[-1]
     assert last["active"] < 0.7 * first["active"]
     assert last["positive_distance"] / last["negative_distance"] < 0.8 * (
@@ -96,11 +107,11 @@ def test_the_model_gets_the_weights_of_the_best_epoch(monkeypatch: pytest.Monkey
     recalls = iter([0.5, 0.9, 0.9, 0.2])
     fingerprints = []
 
-    def recall(model: Embedder, *_: object) -> float:
+    def validate(model: Embedder, *_: object) -> dict[str, float]:
         fingerprints.append(model.fingerprint)
-        return next(recalls)
+        return {"recall@1": next(recalls)}
 
-    monkeypatch.setattr(loop, "_recall_at_1", recall)
+    monkeypatch.setattr(loop, "_validate", validate)
     result = train(model, stripes(), config=TrainConfig(**{**QUICK, "epochs": 4}), out=tmp_path / "run")
     assert (result.best_epoch, result.recall_at_1) == (3, 0.9)  # the later of equals
     assert len(set(fingerprints)) == 4
@@ -141,7 +152,7 @@ def test_losses_and_miners_of_pytorch_metric_learning_train_and_their_parameters
 
 
 def test_the_rate_warms_up_and_falls_to_zero() -> None:
-    rates = [loop._rate(step, warmup=10, steps=110) for step in range(110)]
+    rates = [stepper._rate(step, warmup=10, steps=110) for step in range(110)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[10] == 1
     assert rates[60] == pytest.approx(0.5)
@@ -150,13 +161,14 @@ def test_the_rate_warms_up_and_falls_to_zero() -> None:
 
 
 def test_weight_decay_is_for_matrices_alone() -> None:
-    model = embedder()
-    decayed, plain = loop._parameter_groups(model.network, TripletLoss(), model.device, 0.05)
+    model = embedder(distilled=True, registers=2)
+    decayed, plain = stepper._parameter_groups(model.network, TripletLoss(), model.device, 0.05)
     names = {id(parameter): name for name, parameter in model.network.named_parameters()}
     assert decayed["weight_decay"] == 0.05
     assert plain["weight_decay"] == 0
     assert all("weight" in names[id(p)] and "norm" not in names[id(p)] for p in decayed["params"])
-    assert {"vit.cls_token", "vit.pos_embed", "vit.norm.weight"} <= {names[id(p)] for p in plain["params"]}
+    kept = {names[id(p)].removeprefix("backbone.") for p in plain["params"]}
+    assert {"cls_token", "dist_token", "reg_token", "pos_embed", "norm.weight"} <= kept
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
 
 
@@ -168,7 +180,7 @@ def test_the_distances_are_those_of_a_plain_loop() -> None:
         for j in range(6):
             if i != j:
                 kinds[labels[i] == labels[j]].append((embeddings[i] - embeddings[j]).norm().item())
-    figures = loop._distances(embeddings, torch.tensor(labels))
+    figures = learner._distances(embeddings, torch.tensor(labels))
     assert figures["positive_distance"].item() == pytest.approx(np.mean(kinds[True]), abs=1e-5)
     assert figures["negative_distance"].item() == pytest.approx(np.mean(kinds[False]), abs=1e-5)
 
@@ -265,6 +277,9 @@ def test_too_little_data_is_said_before_anything_is_done(tmp_path: Path) -> None
         ({"validation": "class"}, "did you mean 'classes'"),
         ({"validation_share": 7}, "validation_share"),
         ({"seed": -1}, "seed"),
+        ({"patch_dropout": 1}, "patch_dropout"),
+        ({"patch_dropout": float("nan")}, "patch_dropout"),
+        ({"head": "mlpp"}, "did you mean 'mlp'"),
     ],
 )
 def test_settings_out_of_range_are_refused(values: dict[str, Any], words: str) -> None:
@@ -274,9 +289,108 @@ def test_settings_out_of_range_are_refused(values: dict[str, Any], words: str) -
 
 def test_precision_is_mixed_where_the_device_has_it() -> None:
     cpu = torch.device("cpu")
-    assert loop._mixed_precision("auto", cpu) == "no"
-    assert loop._mixed_precision("fp32", cpu) == "no"
-    assert loop._mixed_precision("bf16", cpu) == "bf16"
+    assert stepper._mixed_precision("auto", cpu) == "no"
+    assert stepper._mixed_precision("fp32", cpu) == "no"
+    assert stepper._mixed_precision("bf16", cpu) == "bf16"
+
+
+def tokens_seen(model: Embedder) -> dict[bool, set[int]]:
+    """Collect how many tokens the first block is given, in training and outside of it."""
+    seen: dict[bool, set[int]] = {True: set(), False: set()}
+
+    def note(block: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen[block.training].add(inputs[0].shape[1])
+
+    model.network.vit.blocks[0].register_forward_pre_hook(note)
+    return seen
+
+
+def test_patch_dropout_leaves_patches_out_in_training_alone() -> None:
+    model = embedder()
+    seen = tokens_seen(model)
+    train(model, stripes(), config=TrainConfig(**QUICK, patch_dropout=0.5))
+    assert seen == {True: {1 + 2}, False: {1 + 4}}  # CLS and the patches
+    assert model.network.vit.patch_dropout == 0
+
+
+def test_gradient_checkpointing_gives_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vitembed.vit import network
+
+    calls = []
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return checkpoint(*arguments, **options)
+
+    checkpoint = network.checkpoint
+    monkeypatch.setattr(network, "checkpoint", counting)
+    states = []
+    for recompute in (False, True):
+        model = embedder(drop_path=0.3)
+        config = TrainConfig(**QUICK, gradient_checkpointing=recompute, validation="none")
+        train(model, stripes(), config=config)
+        assert bool(calls) == recompute
+        assert model.network.vit.gradient_checkpointing is False
+        states.append(model.network.state_dict())
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, msg=name)
+
+
+def test_the_network_is_as_it_was_after_an_error() -> None:
+    model = embedder()
+    vit = model.network.vit
+    vit.patch_dropout = 0.25
+
+    def loss(embeddings: torch.Tensor, labels: torch.Tensor, tuples: object) -> torch.Tensor:
+        assert (vit.patch_dropout, vit.gradient_checkpointing) == (0.5, True)
+        raise KeyboardInterrupt
+
+    config = TrainConfig(**QUICK, patch_dropout=0.5, gradient_checkpointing=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, stripes(), loss=loss, config=config)
+    assert (vit.patch_dropout, vit.gradient_checkpointing) == (0.25, False)
+
+
+def test_another_backbone_is_trained_but_has_no_patches_to_drop() -> None:
+    flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 16))
+    preprocess = Preprocess.grey((8, 8), resize="squash")
+    model = Embedder.from_module(flat, preprocess, device="cpu")
+    before = model.fingerprint
+    train(model, stripes(), config=TrainConfig(**QUICK))
+    assert model.fingerprint != before
+    with pytest.raises(ConfigError, match="Sequential"):
+        train(model, stripes(), config=TrainConfig(**QUICK, patch_dropout=0.5))
+
+
+@pytest.mark.parametrize("loss", [TripletLoss(), CrossEntropyLoss()])
+def test_a_compiled_training_gives_the_same_weights(monkeypatch: pytest.MonkeyPatch, loss: Any) -> None:
+    compiled = []
+    real = torch.compile
+
+    def traced(function: Any) -> Any:  # the whole way but for the generated code, which takes half a minute to build
+        compiled.append(function)
+        return real(function, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    states = []
+    for compile_network in (False, True):
+        model = embedder()
+        train(model, stripes(), loss=loss, config=TrainConfig(**QUICK, compile=compile_network))
+        assert len(compiled) == compile_network
+        states.append(model.network.state_dict())
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, msg=name, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_that_cannot_be_compiled_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.compile
+
+    def backend(*_: Any) -> Any:
+        raise RuntimeError("no working C++ compiler found\n\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend=backend))
+    with pytest.raises(TrainingError, match=r"cannot translate .*no working C\+\+ compiler found\); on a processor"):
+        train(embedder(), stripes(), config=TrainConfig(**QUICK, compile=True))
 
 
 def test_the_progress_bar_shows_loss_active_share_and_distances(capfd: pytest.CaptureFixture[str]) -> None:

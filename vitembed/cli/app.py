@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from vitembed import __version__
-from vitembed.cli import evaluating, indexing, training, verifying
+from vitembed.cli import evaluating, explaining, exporting, indexing, pretraining, training, verifying
 from vitembed.cli.demo import demo
 from vitembed.cli.doctor import doctor
 from vitembed.errors import VitembedError
@@ -52,11 +52,14 @@ def _main(
 
 app.command()(demo)
 app.command()(training.train)
+app.command()(pretraining.pretrain)
 app.command()(evaluating.evaluate)
 app.command()(evaluating.embed)
 app.command()(indexing.search)
 app.command()(verifying.calibrate)
 app.command()(verifying.verify)
+app.command()(explaining.explain)
+app.command()(exporting.export)
 app.command()(doctor)
 app.add_typer(indexing.index_app, name="index")
 

@@ -1,8 +1,10 @@
 """Training an embedder: labelled images, batches, losses, augmentation, the loop."""
 
 from vitembed.training.augment import Augment
+from vitembed.training.classification import CrossEntropyLoss
+from vitembed.training.config import TrainConfig
 from vitembed.training.datasets import ImageDataset
-from vitembed.training.loop import TrainConfig, TrainResult, train
+from vitembed.training.loop import TrainResult, train
 from vitembed.training.losses import ContrastiveLoss, TripletLoss, build_loss, build_miner
 from vitembed.training.sampling import ClassBalancedSampler
 
@@ -10,6 +12,7 @@ __all__ = [
     "Augment",
     "ClassBalancedSampler",
     "ContrastiveLoss",
+    "CrossEntropyLoss",
     "ImageDataset",
     "TrainConfig",
     "TrainResult",

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vitembed.errors import ConfigError, DataError, ImageError, MissingExtraError, unknown_name
-from vitembed.images import ImageSource, Preprocess, list_images
+from vitembed.images import ImageSource, list_images
+from vitembed.preprocess import Preprocess
 
 Validation = Literal["classes", "images", "none"]
 VALIDATIONS = ("classes", "images", "none")

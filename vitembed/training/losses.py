@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitembed.errors import ConfigError, MissingExtraError, VectorError, unknown_name
+from vitembed.training.classification import CrossEntropyLoss
 from vitembed.training.specs import construct, parse_call
 from vitembed.training.triplet import Mining, exact_triplets
 
@@ -139,7 +140,12 @@ class ContrastiveLoss(nn.Module):
         return f"{margins}, squared={self.squared}"
 
 
-OWN_LOSSES: dict[str, type[nn.Module]] = {"triplet": TripletLoss, "contrastive": ContrastiveLoss}
+OWN_LOSSES: dict[str, type[nn.Module]] = {
+    "triplet": TripletLoss,
+    "contrastive": ContrastiveLoss,
+    "cross-entropy": CrossEntropyLoss,
+    "CrossEntropyLoss": CrossEntropyLoss,
+}
 
 # Classes of pytorch-metric-learning that are no losses or miners by themselves: bases, and wrappers of other objects.
 _NOT_BY_NAME = {"CrossBatchMemory", "MultipleLosses", "SelfSupervisedLoss", "EmbeddingsAlreadyPackagedAsTriplets"}
@@ -154,7 +160,7 @@ def build_loss(
     TripletLoss(margin=0.1, mining='semihard')
 
     Args:
-        spec: "triplet", "contrastive" or a loss of pytorch-metric-learning, with arguments or without:
+        spec: "triplet", "contrastive", "cross-entropy" or a loss of pytorch-metric-learning, with arguments or without:
             "contrastive(negative_margin=0.8)", "MultiSimilarityLoss(alpha=2, base=0.5)".
         num_classes: for those losses of pytorch-metric-learning that cannot do without.
         embedding_size: the same.

@@ -7,6 +7,7 @@ some mistyped values (`type_of_triplets="semi_hard"`) for another one.
 
 import ast
 import inspect
+import re
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -29,6 +30,8 @@ def parse_call(spec: str, kind: str) -> tuple[str, dict[str, object]]:
 
     >>> parse_call("MultiSimilarityLoss(alpha=2, base=0.5)", "loss")
     ('MultiSimilarityLoss', {'alpha': 2, 'base': 0.5})
+    >>> parse_call("cross-entropy", "loss")
+    ('cross-entropy', {})
 
     Args:
         spec: the text.
@@ -38,13 +41,15 @@ def parse_call(spec: str, kind: str) -> tuple[str, dict[str, object]]:
         ConfigError: it is anything else than such a call.
     """
     wanted = f"a {kind} is written Name or Name(key=value, ...) with plain values; got {spec!r}"
+    match = re.fullmatch(r"\s*([A-Za-z_][\w-]*)\s*(\(.*\))?\s*", spec, flags=re.DOTALL)
+    if match is None:
+        raise ConfigError(wanted)
     try:
-        node = ast.parse(spec.strip(), mode="eval").body
-        if isinstance(node, ast.Name):
-            return node.id, {}
+        # The name itself may have hyphens, as in cross-entropy, which Python would subtract.
+        node = ast.parse(f"call{match[2] or '()'}", mode="eval").body
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)) or node.args:
             raise ConfigError(wanted)
-        return node.func.id, {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+        return match[1], {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
