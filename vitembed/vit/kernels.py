@@ -73,20 +73,20 @@ def lay_out(network: nn.Module, *, for_inference: bool) -> None:
                 weight.data = weight.data.contiguous()
 
 
-def images_at_once(count: int, *, bytes_each: int, device: torch.device) -> int:
-    """Return how many of a batch's images should go through the network together at inference.
+def images_at_once(*, bytes_each: int, device: torch.device) -> int | None:
+    """Return how many images should go through the network together at inference; None for all of a batch.
 
     On a processor a few at a time: the largest tensor of a block then stays in the cache, and small enough for the
     allocator to reuse; larger ones are handed back to the system and come again page by page (measured: 8 % of the
     time of ViT-S/16 with 16 images).
 
     Args:
-        count: images in the batch.
         bytes_each: size of the largest tensor of a block, for one image.
         device: where the network is.
     """
-    if device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return max(1, count)
+    recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state()  # for batches of other sizes, too
+    if device.type != "cpu" or torch.is_grad_enabled() or recorded:
+        return None
     return max(1, _CACHED_BYTES // bytes_each)
 
 

@@ -152,8 +152,8 @@ class ViT(nn.Module):
         if not (attentions or self.training):
             config = self.config
             hidden = 4 * (config.prefix_tokens + config.patches) * (config.mlp_width or 4 * config.width)  # float32
-            at_once = images_at_once(len(images), bytes_each=hidden, device=images.device)
-            if len(images) > at_once:
+            at_once = images_at_once(bytes_each=hidden, device=images.device)
+            if at_once is not None and len(images) > at_once:
                 return _joined([self._run(part, patches, False, positions) for part in torch.split(images, at_once)])
         return self._run(images, patches, attentions, positions)
 
