@@ -35,9 +35,12 @@ format: $(VENV)/.dev ## Rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.dev ## Measure speed and memory beside the peers (minutes)
+# benchmarks/merging.py is not among them: it needs a trained model and images.
+bench: $(VENV)/.dev ## Compare results, speed and memory with the peers (minutes; merging.py needs a trained model)
+	$(BIN)/python benchmarks/parity.py
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/encode.py
+	$(BIN)/python benchmarks/files.py
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .coverage

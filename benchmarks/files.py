@@ -6,7 +6,7 @@
     python benchmarks/files.py --device cuda --precision bf16 --batch 256 --images 20000
 
 `Embedder.encode` of the paths and `Embedder.embed_pixels` of the same images, prepared beforehand, take turns within
-one process; the share is the ratio of medians. Starting the processes that read counts. About two minutes.
+one process; the share is the ratio of medians. Starting the threads that read counts. About two minutes.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=500, help="longer side of the files that are made")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--workers", type=int, help="processes that read; the default is the library's")
+    parser.add_argument("--workers", type=int, help="threads that read; the default is the library's")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
     options = parser.parse_args()

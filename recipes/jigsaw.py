@@ -4,19 +4,24 @@ Papers: jigsaw puzzles for ViT, Chen et al. 2022 (arXiv:2207.11971), here a task
 Lake et al. 2015 (Science 350).
 
     python recipes/jigsaw.py --data images_background --out runs/jigsaw
-    python recipes/jigsaw.py --data images_background --out runs/choice --judge validation --seeds 1 --rates 2e-3 2e-3
+    python recipes/jigsaw.py --data images_background --out runs/choice --judge validation --seeds 1
 
 Data: Omniglot's images_background, ALPHABET/CHARACTER/IMAGE. The last five alphabets in sorted order are held out: they
 are judged, and nothing was chosen on them. Pre-training sees the drawings of the other 25 without labels. A tenth of
 their characters, drawn anew for each seed, is then all there is to train on with triplet loss: from random weights, and
-from the pre-trained ones, in the same steps and batches. Each arm has the learning rate that was best on the five
-alphabets before the held-out ones; the second command judges on these and leaves both fives out of training.
+from the pre-trained ones, in the same steps. Settings were judged on the five alphabets before the held-out ones, with
+both fives left out of training (second command): from scratch a rate of 2e-3 found more than 1e-3 (recall@1 26.5
+against 25.7 %, one seed); from jigsaw 1e-3 was the only one tried (55.9 %, after 4 passes of pre-training).
 
-Expected: TIME
+Expected, in 30 minutes on one core: half of the puzzle tiles placed (12 % by chance). Recall@1 on held-out alphabets is
+39.1 % from scratch, 77.5 % from jigsaw: 38.4 points more, 95 % interval over characters 35.8 to 40.5, each of the three
+seeds 36 or more. Equal error rate 12.9 against 7.3 %: 5.6 points less (4.9 to 6.5). The time of pre-training is extra;
+whether as much time spent on longer training from scratch would do the same was not measured.
 """
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +37,8 @@ from vitembed.training.jigsaw import JigsawConfig, pretrain_jigsaw
 SIZE = 32  # pixels: 8 x 8 patches of 4, puzzles of 4 x 4 tiles of 2 x 2 patches
 SHARE = 0.1  # of the characters that have labels
 PAIRED = 6  # images of a character that are paired for the equal error rate; recall@1 takes all twenty
+PUZZLES = JigsawConfig(epochs=5, tile=2, workers=0)
+LABELLED = TrainConfig(16, 16, 4, augment=Augment.named("ink"), validation="none", workers=0)
 ARMS = ("from scratch", "from jigsaw")
 
 
@@ -41,34 +48,33 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--judge", choices=["held-out", "validation"], default="held-out")
-    parser.add_argument("--pretrained", type=Path, help="an earlier run's OUT/pretrained, to use in place of a new one")
-    parser.add_argument("--rates", type=float, nargs=2, default=[1e-3, 1e-3], help="learning rate of each arm")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rates", type=float, nargs=2, default=[2e-3, 1e-3], help="learning rate of each arm")
+    parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
 
     data = ImageDataset.load(args.data)
     alphabets = sorted({name.split("/")[0] for name in data.classes})
     end = len(alphabets) - (0 if args.judge == "held-out" else 5)
     pool, judged = of_alphabets(data, alphabets[: end - 5]), of_alphabets(data, alphabets[end - 5 : end])
-    checkpoint = args.pretrained or pretrain(pool, args.out / "pretrained")
-    print(f"{len(pool)} images without labels; judged on {', '.join(alphabets[end - 5 : end])}")
+    print(f"{len(pool)} images without labels; judged on {', '.join(alphabets[end - 5 : end])}", flush=True)
+    checkpoint = args.out / "pretrained"
+    result = pretrain_jigsaw(untrained(0), pool, config=PUZZLES, out=checkpoint, overwrite=True, progress=True)
+    print(f"jigsaw: {result.accuracy:.1%} of the tiles of unseen images placed; chance {result.chance:.1%}", flush=True)
     print("pre-trained, no labels:", Judged(judged, Embedder.from_pretrained(checkpoint)), flush=True)
 
-    runs = []
+    runs: list[list[Judged]] = []
     for seed in range(args.seeds):
         number = round(SHARE * len(pool.classes))
-        few = pool.with_classes(np.random.default_rng(seed).choice(pool.classes, number, replace=False))
+        drawn = np.random.default_rng(seed).choice(len(pool.classes), number, replace=False)
+        few = pool.subset(np.isin(pool.labels, drawn))
         runs.append([])
         for arm, rate in zip(ARMS, args.rates, strict=True):
             model = untrained(seed) if arm == ARMS[0] else Embedder.from_pretrained(checkpoint)
-            config = TrainConfig(
-                16, 16, 4, learning_rate=rate, augment=Augment.named("ink"), validation="none", workers=0, seed=seed
-            )
+            config = replace(LABELLED, learning_rate=rate, seed=seed)
             train(model, few, loss=TripletLoss(0.2, "semihard"), config=config, progress=True)
             runs[-1].append(Judged(judged, model))
             print(f"seed {seed}, {number} characters, {arm}: {runs[-1][-1]}", flush=True)
     table = {name: compare(runs, name) for name in ("recall@1", "eer")}
-    args.out.mkdir(parents=True, exist_ok=True)
     atomic_write(args.out / "comparison.json", json.dumps(table, indent=1) + "\n")
     for name, row in table.items():
         print(name, *(f"{key}: {value}" for key, value in row.items()), sep="\n    ")
@@ -77,14 +83,6 @@ def main() -> None:
 def untrained(seed: int) -> Embedder:
     """Return the network of both arms with random weights."""
     return Embedder.create("N/4", preprocess=Preprocess.grey((SIZE, SIZE)), stem="conv", seed=seed)
-
-
-def pretrain(pool: ImageDataset, folder: Path) -> Path:
-    """Solve puzzles of images, as they are: few enough passes that none is learned by heart."""
-    config = JigsawConfig(epochs=5, tile=2, workers=0)
-    result = pretrain_jigsaw(untrained(0), pool, config=config, out=folder, overwrite=True, progress=True)
-    print(f"jigsaw: {result.accuracy:.1%} of the tiles of unseen images placed; chance {result.chance:.1%}", flush=True)
-    return folder
 
 
 def of_alphabets(data: ImageDataset, wanted: list[str]) -> ImageDataset:
@@ -116,17 +114,16 @@ class Judged:
 def compare(runs: list[list[Judged]], name: str) -> dict[str, object]:
     """Return a figure of both arms by seed, their paired difference, and its interval over the judged characters."""
     scratch, jigsaw = ([run[arm].figure(name) for run in runs] for arm in (0, 1))
-    each = np.subtract(jigsaw, scratch)
     items = runs[0][0].characters if name == "recall@1" else runs[0][0].pairs
     interval = metrics.bootstrap_interval(
         lambda at: float(np.mean([run[1].figure(name, at) - run[0].figure(name, at) for run in runs])), items
     )
-    rows = {ARMS[0]: scratch, ARMS[1]: jigsaw, "difference": each.tolist()}
+    rows = {ARMS[0]: scratch, ARMS[1]: jigsaw, "difference": np.subtract(jigsaw, scratch).tolist()}
     return {
         **{f"{arm}, mean": round(float(np.mean(values)), 4) for arm, values in rows.items()},
         "difference, 95 % over characters": [round(bound, 4) for bound in interval],
         **{f"{arm}, by seed": [round(value, 4) for value in values] for arm, values in rows.items()},
-        "difference, standard deviation over seeds": round(float(each.std(ddof=1)), 4) if len(each) > 1 else None,
+        "difference, standard deviation over seeds": round(float(np.std(rows["difference"], ddof=len(runs) > 1)), 4),
     }
 
 

@@ -371,3 +371,72 @@ def test_without_a_head_there_are_no_classes() -> None:
         assert model.classes == []
         with pytest.raises(ConfigError, match="no classification head; train one with"):
             model.classify(images())
+
+
+def test_a_frozen_part_stays_frozen_through_encode() -> None:
+    config = ViTConfig((16, 16), 8, 3, width=16, depth=1, heads=2, stem=((8, 2), (8, 2), (16, 2)))
+    model = Embedder.create(config, preprocess=Preprocess((16, 16)), device="cpu")
+    model.network.train()
+    frozen = next(part for part in model.network.modules() if isinstance(part, torch.nn.BatchNorm2d))
+    frozen.eval()
+    model.encode([picture(0)])
+    assert not frozen.training
+    assert model.network.training
+    assert model.network.vit.blocks.training
+
+
+def test_one_opened_picture_at_many_places_is_read_by_one_thread(photos: list[Path]) -> None:
+    with Image.open(photos[0]) as opened:
+        images = [photos[0], *[opened] * 6]
+        for _ in range(5):
+            for batch in tiny().stream(images, batch_size=7, workers=4):
+                assert batch.failures == []
+
+
+def test_the_weights_file_of_a_model_is_the_model(tmp_path: Path) -> None:
+    model = tiny()
+    model.provenance = {"classes": ["a", "b"]}
+    model.save_pretrained(tmp_path)
+    again = Embedder.from_pretrained(tmp_path / "model.safetensors")
+    assert again.fingerprint == model.fingerprint
+    assert again.classes == ["a", "b"]
+    size = (model.preprocess.size[0], model.preprocess.size[1])
+    assert Embedder.from_pretrained(tmp_path, image_size=size).fingerprint == model.fingerprint
+    with pytest.raises(ConfigError, match="replace"):
+        Embedder.from_pretrained(tmp_path, image_size=(size[0] + 8, size[1]))
+
+
+def test_a_projection_can_be_taken_off() -> None:
+    config = ViTConfig((16, 16), 8, 3, width=16, depth=1, heads=2)
+    model = Embedder.create(config, preprocess=Preprocess((16, 16)), dim=4, device="cpu")
+    bare = model.replace(projection=False)
+    assert (model.dim, bare.dim) == (4, 16)
+    assert bare.fingerprint != model.fingerprint
+    with torch.no_grad():
+        pixels = torch.from_numpy(bare.preprocess(picture(0)))[None]
+        expected = torch.nn.functional.normalize(model.network.vit(model.network.normalise(pixels)).cls, dim=-1)
+    np.testing.assert_allclose(bare.encode([picture(0)]), expected.numpy(), atol=1e-6)
+
+
+def test_creating_a_model_seeds_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise AssertionError("a device was seeded")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refused)
+    monkeypatch.setattr(torch.mps, "manual_seed", refused)
+    tiny()
+
+
+def test_a_model_made_in_inference_mode_can_be_trained() -> None:
+    config = ViTConfig((16, 16), 8, 3, width=16, depth=1, heads=2)
+    with torch.inference_mode():
+        model = Embedder.create(config, preprocess=Preprocess((16, 16)), device="cpu")
+        models = [model, model.replace(image_size=32)]
+    for each in models:
+        each.network(torch.zeros(1, 3, *each.preprocess.size))[0, 0].backward()
+        assert each.network.vit.pos_embed.grad is not None
+
+
+def test_no_pixels_give_no_rows() -> None:
+    model = tiny()
+    assert model.embed_pixels(torch.zeros(0, 3, 16, 16, dtype=torch.uint8)).shape == (0, model.dim)

@@ -336,3 +336,12 @@ def test_heads_that_contradict_the_saved_model_are_refused(tmp_path: Path) -> No
     assert Embedder.from_pretrained(tmp_path, heads=4).network.vit.config.heads == 4
     with pytest.raises(ConfigError, match="says that it has 4 heads; got heads=2"):
         Embedder.from_pretrained(tmp_path, heads=2)
+
+
+def test_tied_weights_are_saved_as_copies(tmp_path: Path) -> None:
+    config = ViTConfig((16, 16), 8, 3, width=16, depth=2, heads=2)
+    model = Embedder.create(config, preprocess=Preprocess((16, 16)), device="cpu")
+    blocks = model.network.vit.blocks
+    blocks[1].mlp.fc1.weight = blocks[0].mlp.fc1.weight
+    model.save_pretrained(tmp_path)
+    assert Embedder.from_pretrained(tmp_path).fingerprint == model.fingerprint

@@ -6,8 +6,9 @@ every pixel over.
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from vitembed.errors import ConfigError, ImageError
 from vitembed.images import ImageSource
 from vitembed.preprocess import Preprocess
 
+_Task = Callable[[], NDArray[np.uint8] | ImageError]
 _AHEAD = 2  # batches that are read before they are asked for
 
 PixelBatch = tuple[Tensor, list[tuple[int, ImageError]]]  # see `pixel_batches`
@@ -73,16 +75,27 @@ def _batches(
             yield _collate([_read(images[position], preprocess) for position in positions], pin)
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="vitembed-decode")
-    pending: deque[list[Future[NDArray[np.uint8] | ImageError]]] = deque()
+    pending: deque[list[_Task]] = deque()
     try:
         for positions in ranges:
-            pending.append([pool.submit(_read, images[position], preprocess) for position in positions])
+            pending.append([_task(pool, images[position], preprocess) for position in positions])
             if len(pending) > _AHEAD:
-                yield _collate([future.result() for future in pending.popleft()], pin)
+                yield _collate([task() for task in pending.popleft()], pin)
         while pending:
-            yield _collate([future.result() for future in pending.popleft()], pin)
+            yield _collate([task() for task in pending.popleft()], pin)
     finally:  # also when nobody wants the rest
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _task(pool: ThreadPoolExecutor, image: ImageSource, preprocess: Preprocess) -> _Task:
+    """Return what waits for an image's pixels.
+
+    A PIL image may be opened lazily and stand at several places: two threads must not decode it at once, so that it is
+    read by the caller's.
+    """
+    if isinstance(image, Image.Image):
+        return partial(_read, image, preprocess)
+    return pool.submit(_read, image, preprocess).result
 
 
 def _read(image: ImageSource, preprocess: Preprocess) -> NDArray[np.uint8] | ImageError:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from vitembed import saved_model, weights
 from vitembed.decoding import PixelBatch, as_sequence, pixel_batches
-from vitembed.embedding_net import EmbeddingNet, ForeignBackbone, Pooling
+from vitembed.embedding_net import EmbeddingNet, ForeignBackbone, Pooling, evaluating
 from vitembed.errors import CheckpointError, ConfigError, ImageError, VectorError, unknown_name
 from vitembed.images import ImageSource
 from vitembed.preprocess import Preprocess
@@ -89,7 +89,7 @@ class Embedder:
         self.precision = precision
         self.provenance = dict(provenance or {})
         self._compiled = compile
-        self._forward: Any = torch.compile(self.network) if compile else self.network
+        self._forward: Any = torch.compile(self.network) if compile else None
 
     @classmethod
     def create(
@@ -123,8 +123,8 @@ class Embedder:
         if stem != "linear" and (isinstance(arch, ViTConfig) or arch.startswith(_FOREIGN)):
             raise ConfigError(f"stem={stem!r} is for a named size such as 'S/16'; a configuration has its own stem")
         size, channels = preprocess.size, preprocess.channels
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the devices, too
             backbone: ViT | ForeignBackbone
             if isinstance(arch, str) and arch.startswith(_FOREIGN):
                 name = arch.removeprefix(_FOREIGN)
@@ -199,12 +199,27 @@ class Embedder:
             VectorError: if the network gives NaN or infinity.
         """
         with self._inference():
-            vectors: NDArray[np.float32] = self._forward(self._to_device(pixels)).cpu().numpy()
+            vectors: Tensor = self._compute(pixels.to(self.device, non_blocking=True))
         return _finite(vectors)
+
+    def embed_and_classify(self, pixels: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return (B, dim) unit rows and (B, classes) logits of (B, C, H, W) uint8 pixels.
+
+        Raises:
+            ConfigError: if the network has no classification head.
+            VectorError: if the network gives NaN or infinity.
+        """
+        with self._inference():
+            vectors, logits = self.network.forward_with_logits(pixels.to(self.device, non_blocking=True))
+        if logits is None:
+            raise ConfigError(
+                "this model has no classification head; train one with: vitembed train --loss cross-entropy"
+            )
+        return _finite(vectors), _finite(logits)
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes that the network's head was trained to tell apart; empty without such a head."""
+        """Names of the classes that the network's head tells apart; empty where the model's provenance names none."""
         return list(self.provenance.get("classes", ()))
 
     def classify(
@@ -226,18 +241,17 @@ class Embedder:
             VectorError: if the network gives NaN or infinity.
         """
         backbone = self.network.backbone
-        if not isinstance(backbone, ViT) or backbone.head is None:
+        classes = backbone.config.num_classes if isinstance(backbone, ViT) else 0
+        if classes == 0:
             raise ConfigError(
                 "this model has no classification head; train one with: vitembed train --loss cross-entropy"
             )
-        rows = [np.empty((0, backbone.config.num_classes), dtype=np.float32)]
+        rows = [np.empty((0, classes), dtype=np.float32)]
         for pixels, errors in self._batches(as_sequence(images), batch_size, workers):
             for _, error in errors:
                 raise error
-            with self._inference():
-                _, logits = self.network.forward_with_logits(self._to_device(pixels))
-                assert logits is not None  # the ViT has a head
-                rows.append(_finite(logits.float().softmax(dim=-1).cpu().numpy()))
+            _, logits = self.embed_and_classify(pixels)
+            rows.append(torch.from_numpy(logits).softmax(dim=-1).numpy())
         return np.concatenate(rows)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -261,6 +275,7 @@ class Embedder:
         precision: Precision = "fp32",
         compile: bool = False,
         heads: int | None = None,
+        image_size: tuple[int, int] | None = None,
         module: nn.Module | None = None,
     ) -> "Embedder":
         """Load a model.
@@ -276,21 +291,30 @@ class Embedder:
             precision: as for the class.
             compile: as for the class.
             heads: attention heads of a bare file of weights, which no shape tells; None for heads of width 64.
+            image_size: (height, width) that the positions of a bare file are for, where they are no square; to work at
+                another size, see `replace`.
             module: the foreign backbone of a saved model, where only you can build it.
 
         Raises:
             CheckpointError: if there is nothing, nothing whole, or no ViT under that name.
-            ConfigError: if the model says otherwise than `heads`, or has no place for `module` or none without it.
+            ConfigError: if the model says otherwise than `heads` or `image_size`, has no place for `module`, or
+                cannot be built without one.
         """
         folder = Path(name)
+        if folder.name == saved_model.WEIGHTS and saved_model.is_saved_model(folder.parent):
+            folder = folder.parent
         if saved_model.is_saved_model(folder):
             network, preprocess, provenance = saved_model.load(folder, module=module)
             if heads is not None and heads != network.vit.config.heads:
                 raise ConfigError(f"{name} says that it has {network.vit.config.heads} heads; got heads={heads}")
+            if image_size is not None and tuple(image_size) != preprocess.size:
+                raise ConfigError(f"{name} is for images of {preprocess.size}; for others, use replace(image_size=...)")
         elif module is not None:
             raise ConfigError(f"a module goes with a model that save_pretrained saved, which {name} is not")
         else:
-            network, preprocess, provenance = _from_checkpoint(weights.load_checkpoint(name, heads=heads))
+            network, preprocess, provenance = _from_checkpoint(
+                weights.load_checkpoint(name, heads=heads, image_size=image_size)
+            )
         return cls(network, preprocess, device=device, precision=precision, compile=compile, provenance=provenance)
 
     @classmethod
@@ -319,12 +343,19 @@ class Embedder:
         backbone = ForeignBackbone(module, image_size=preprocess.size, channels=preprocess.channels, timm=timm)
         return cls(EmbeddingNet(backbone, mean=preprocess.mean, std=preprocess.std, dim=dim), preprocess, device=device)
 
-    def replace(self, *, image_size: int | tuple[int, int] | None = None, merge: int | None = None) -> "Embedder":
+    def replace(
+        self,
+        *,
+        image_size: int | tuple[int, int] | None = None,
+        merge: int | None = None,
+        projection: Literal[False] | None = None,
+    ) -> "Embedder":
         """Return a model with the same weights that works otherwise; it has a fingerprint of its own.
 
         Args:
             image_size: side or (height, width) of the images; the position embeddings are resampled.
             merge: tokens that each block merges away (see `ViTConfig.merge`): faster, and no longer exact.
+            projection: False takes the projection after pooling off, as a classification head on the CLS token wants.
 
         Raises:
             ConfigError: if the size is no multiple of the patch size, or the backbone is not our ViT.
@@ -334,8 +365,9 @@ class Embedder:
         if merge is not None:
             vit.config = dataclasses.replace(vit.config, merge=merge)
         preprocess = dataclasses.replace(self.preprocess, size=vit.config.image_size)
-        network = EmbeddingNet(vit, mean=preprocess.mean, std=preprocess.std, pooling=before.pooling)
-        network.projection = copy.deepcopy(before.projection)
+        with torch.inference_mode(False):
+            network = EmbeddingNet(vit, mean=preprocess.mean, std=preprocess.std, pooling=before.pooling)
+            network.projection = None if projection is False else copy.deepcopy(before.projection)
         return Embedder(
             network,
             preprocess,
@@ -348,19 +380,27 @@ class Embedder:
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
         """Run the network without gradients, in evaluation mode and the wanted precision; then leave it as it was."""
-        was_training = self.network.training
-        self.network.eval()
-        try:
-            with (
-                torch.inference_mode(),
-                torch.autocast(self.device.type, _DTYPES[self.precision], enabled=self.precision != "fp32"),
-            ):
-                yield
-        finally:
-            self.network.train(was_training)
+        with (
+            evaluating(self.network),
+            torch.inference_mode(),
+            torch.autocast(self.device.type, _DTYPES[self.precision], enabled=self.precision != "fp32"),
+        ):
+            yield
 
-    def _to_device(self, pixels: Tensor) -> Tensor:
-        return pixels.to(self.device, non_blocking=True)
+    def _compute(self, pixels: Tensor) -> Tensor:
+        """Run the forward pass, compiled if that is wanted."""
+        if not self._compiled:
+            return self.network(pixels)  # type: ignore[no-any-return]
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            return self._forward(pixels)  # type: ignore[no-any-return]
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).strip().split("\n\n")[0].split())  # the rest is advice on torch's own logs
+            raise ConfigError(
+                f"torch.compile cannot translate the network here ({reason}); on a processor it needs a C++ compiler "
+                "such as g++: install one, or load the model without compile"
+            ) from error
 
     def _batches(self, images: Sequence[ImageSource], batch_size: int, workers: int | None) -> Iterable[PixelBatch]:
         return pixel_batches(
@@ -386,13 +426,13 @@ def _from_checkpoint(checkpoint: "weights.Checkpoint") -> tuple[EmbeddingNet, Pr
     preprocess = checkpoint.preprocess
     if preprocess is None:
         raise CheckpointError(
-            f"{checkpoint.source} takes images of {vit.config.channels} channels, neither RGB nor grey; "
-            "load it with ViT.from_pretrained"
+            f"{checkpoint.source} takes images of {vit.config.channels} channels and says nothing of its "
+            "pre-processing; load it with ViT.from_pretrained and make an Embedder of it with your own Preprocess"
         )
     if preprocess.size != vit.config.image_size:  # positions of DINOv2 are for 518 pixels, its pictures have 224
         vit = vit.resized(preprocess.size)
     projection = checkpoint.projection
-    with torch.random.fork_rng(devices=[]):
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         network = EmbeddingNet(
             vit,
             mean=preprocess.mean,
@@ -405,10 +445,12 @@ def _from_checkpoint(checkpoint: "weights.Checkpoint") -> tuple[EmbeddingNet, Pr
     return network, preprocess, dict(checkpoint.provenance)
 
 
-def _finite(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    if not np.isfinite(rows).all():
+def _finite(rows: Tensor) -> NDArray[np.float32]:
+    """Return rows of any device and precision as numpy, checked."""
+    array: NDArray[np.float32] = rows.float().cpu().numpy()
+    if not np.isfinite(array).all():
         raise VectorError("the network gave NaN or infinity: its weights are damaged or its training diverged")
-    return rows
+    return array
 
 
 def _pick_device(device: str | torch.device | None) -> torch.device:

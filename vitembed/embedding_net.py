@@ -3,8 +3,9 @@
 `vitembed.embedder` is the user's side: paths and pictures in, numpy out.
 """
 
+import contextlib
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,22 @@ from vitembed.vit import ViT
 
 Pooling = Literal["cls", "mean"]
 POOLINGS = ("cls", "mean")
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode, and each of its parts back into the mode that it had.
+
+    Parts may have modes of their own, as a frozen batch norm has.
+    """
+    training = [part for part in network.modules() if part.training]
+    if training:
+        network.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 class ForeignBackbone(nn.Module):
@@ -86,11 +103,11 @@ class ForeignBackbone(nn.Module):
 
     def _probe(self) -> int:
         """Return the width of the features of a black image; no running statistics change."""
-        modes = {part: part.training for part in self.module.modules()}
         first = next(self.module.parameters(), torch.empty(0))
+        self.training = self.module.training
         try:
-            with torch.no_grad():
-                features = self.eval()(torch.zeros(1, self.channels, *self.image_size, device=first.device))
+            with evaluating(self), torch.no_grad():
+                features = self(torch.zeros(1, self.channels, *self.image_size, device=first.device))
         except VectorError as error:
             raise ConfigError(str(error)) from error
         except Exception as error:  # a stranger's code may stumble over a size with anything
@@ -98,10 +115,6 @@ class ForeignBackbone(nn.Module):
                 f"the backbone {type(self.module).__name__} does not take images of {self.channels} x "
                 f"{self.image_size[0]} x {self.image_size[1]}: {error}"
             ) from error
-        finally:
-            for part, training in modes.items():  # parts may have modes of their own, as a frozen batch norm has
-                part.training = training
-            self.training = self.module.training
         return int(features.shape[1])
 
     def describe(self) -> dict[str, Any]:

@@ -20,12 +20,9 @@ from vitembed.files import atomic_write
 from vitembed.model_card import model_card
 from vitembed.preprocess import Preprocess
 from vitembed.vit import ViT, ViTConfig
+from vitembed.weights.store import BACKBONE, FORMAT, PROJECTION, WEIGHTS, is_saved_model, split_projection
 
-FORMAT = 2  # of the folder; a reader refuses any other
-WEIGHTS = "model.safetensors"
-
-_DESCRIBED = ("vit", "backbone", "pooling", "dim", "preprocess")  # what a fingerprint covers beside the weights
-_PROJECTION, _BACKBONE = "projection.weight", "backbone."
+__all__ = ["WEIGHTS", "describe", "fingerprint", "is_saved_model", "load", "save"]
 
 
 def describe(network: EmbeddingNet, preprocess: Preprocess) -> dict[str, Any]:
@@ -43,17 +40,6 @@ def describe(network: EmbeddingNet, preprocess: Preprocess) -> dict[str, Any]:
 def fingerprint(network: EmbeddingNet, preprocess: Preprocess) -> str:
     """Return "sha256:..." of weights, architecture, pooling and pre-processing."""
     return weights.fingerprint(network.state_dict(), describe(network, preprocess))
-
-
-def is_saved_model(folder: Path) -> bool:
-    """Tell whether a folder holds an embedder of ours, whole or damaged: its weights or its config.json say so."""
-    if weights.is_ours(folder / WEIGHTS):
-        return True
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and {"fingerprint", *_DESCRIBED} <= config.keys()
 
 
 def save(folder: Path, network: EmbeddingNet, preprocess: Preprocess, provenance: Mapping[str, Any]) -> None:
@@ -94,16 +80,7 @@ def load(folder: Path, *, module: nn.Module | None = None) -> tuple[EmbeddingNet
         ConfigError: if a foreign backbone is wanted and is not there, or is there and not wanted.
     """
     file = folder / WEIGHTS
-    state, header = weights.load_weights(file)
-    if header.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{file} has format {header.get('format')!r}; this vitembed reads {FORMAT}: "
-            "load it with the vitembed that wrote it, or train it again"
-        )
-    missing = {*_DESCRIBED, "provenance", "fingerprint"} - header.keys()
-    if missing:
-        raise CheckpointError(f"{file} is damaged: its description lacks {', '.join(sorted(missing))}")
-    _check_readable_copy(folder / "config.json", header)
+    state, header = weights.read_saved_model(folder)
     try:
         preprocess = Preprocess.from_dict(header["preprocess"])
         network = _build(header, preprocess, module)
@@ -135,10 +112,10 @@ def _build(header: Mapping[str, Any], preprocess: Preprocess, module: nn.Module 
 def _inner(network: EmbeddingNet) -> str:
     """Return what the file leaves out before the backbone's own names of tensors."""
     if isinstance(network.backbone, ViT):
-        return _BACKBONE
+        return BACKBONE
     # A stranger's module may have a projection, too: where its name would be that of ours, all names stay whole.
-    both = network.projection is not None and f"{_BACKBONE}module.{_PROJECTION}" in network.state_dict()
-    return "" if both else f"{_BACKBONE}module."
+    both = network.projection is not None and f"{BACKBONE}module.{PROJECTION}" in network.state_dict()
+    return "" if both else f"{BACKBONE}module."
 
 
 def _projection_is_head(network: EmbeddingNet) -> bool:
@@ -150,41 +127,15 @@ def _to_file(network: EmbeddingNet) -> dict[str, Tensor]:
     """Return the state with the names of the file."""
     state = {name.removeprefix(_inner(network)): tensor for name, tensor in network.state_dict().items()}
     if _projection_is_head(network):
-        projection = state.pop(_PROJECTION)
+        projection = state.pop(PROJECTION)
         state["head.weight"], state["head.bias"] = projection, torch.zeros(len(projection))
     return state
 
 
 def _from_file(state: Mapping[str, Tensor], network: EmbeddingNet) -> dict[str, Tensor]:
     """Return the tensors of a file with the names of the network's state."""
-    tensors = dict(state)
-    result = {}
-    if _projection_is_head(network) and "head.weight" in tensors and "head.bias" in tensors:
-        result[_PROJECTION] = tensors.pop("head.weight")
-        tensors.pop("head.bias")
-    elif network.projection is not None and _PROJECTION in tensors:
-        result[_PROJECTION] = tensors.pop(_PROJECTION)
-    return {**{_inner(network) + name: tensor for name, tensor in tensors.items()}, **result}
-
-
-def _check_readable_copy(path: Path, header: Mapping[str, Any]) -> None:
-    """Refuse a config.json that somebody edited: the change would have no effect, which must not pass unsaid.
-
-    A copy with another fingerprint is that of an earlier model: saving was interrupted between the two files.
-    """
-    if not path.is_file():
-        return
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); delete it: the weights' file carries a copy") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is damaged (no JSON object); delete it: the weights' file carries a copy")
-    if config.get("fingerprint") != header["fingerprint"]:
-        return
-    for key in _DESCRIBED:
-        if config.get(key) != header[key]:
-            raise CheckpointError(
-                f"{path} and {WEIGHTS} describe different models ({key!r} differs); "
-                "delete config.json to load the model as it was saved"
-            )
+    rest, projection = split_projection(
+        state, projects=network.projection is not None, has_head=not _projection_is_head(network)
+    )
+    result = {_inner(network) + name: tensor for name, tensor in rest.items()}
+    return result if projection is None else {**result, PROJECTION: projection}

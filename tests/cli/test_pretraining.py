@@ -87,6 +87,8 @@ def test_a_folder_without_classes_will_do(cli: Runner, world: Path, tmp_path: Pa
         (["--min-contrast", "-1"], "min_contrast"),
         (["--arch", "T/4"], "did you mean 'Ti'"),
         (["--image-size", "10"], "multiple"),
+        (["--arch", "timm:test_resnet", "--image-size", "32"], "has no patches to put together"),
+        (["--arch", "timm:test_resnet", "--stem", "conv"], "leave --stem out"),
         (["--augment", "inks"], "did you mean 'ink'"),
         (["--lr", "nan"], "learning_rate"),
         (["--device", "gpu"], "cannot be used here"),

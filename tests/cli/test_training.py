@@ -119,3 +119,43 @@ def test_classification_needs_images_of_a_class_in_both_parts(cli: Runner, tmp_p
     table.write_text("path,label,split\n" + "\n".join(rows) + "\n")
     line = error(cli("train", table, "--out", tmp_path / "m", *TRAIN, "--loss", "cross-entropy"))
     assert "'class2' is held out" in line
+
+
+def timm_options(arch: str = "timm:test_resnet") -> list[str]:
+    return [arch if option == "N/4" else "32" if option == "8" else option for option in TRAIN]
+
+
+def test_a_network_of_timm_is_trained_by_its_name(cli: Runner, world: Path, tmp_path: Path) -> None:
+    outcome = cli("train", world / "data", "--out", tmp_path / "m", *timm_options(), "--epochs", 1, "--json")
+    assert outcome.status == 0, outcome.err
+    assert config_of(tmp_path / "m")["backbone"]["timm"] == "test_resnet"
+
+
+@pytest.mark.parametrize("stem", ["conv", "linear"])
+def test_a_network_of_timm_has_its_own_stem(cli: Runner, world: Path, tmp_path: Path, stem: str) -> None:
+    line = error(cli("train", world / "data", "--out", tmp_path / "m", *timm_options(), "--stem", stem))
+    assert "timm:test_resnet has its own, so leave --stem out" in line
+
+
+@pytest.mark.parametrize("stem", ["conv", "linear"])
+def test_a_size_of_ours_has_the_stem_that_is_asked_for_and_conv_by_default(
+    cli: Runner, world: Path, tmp_path: Path, stem: str
+) -> None:
+    assert config_of(world / "model")["vit"]["stem"]
+    options = [*TRAIN, "--stem", stem, "--epochs", 1]
+    assert cli("train", world / "data", "--out", tmp_path / "m", *options).status == 0
+    assert bool(config_of(tmp_path / "m")["vit"]["stem"]) == (stem == "conv")
+
+
+def test_the_projection_of_a_model_is_left_out_for_classification_with_a_warning(
+    cli: Runner, world: Path, tmp_path: Path
+) -> None:
+    assert cli("train", world / "data", "--out", tmp_path / "m", *TRAIN, "--epochs", 1, "--dim", 8).status == 0
+    options = ["--init", tmp_path / "m", "--epochs", 1, "--workers", 0, "--device", "cpu", "--json"]
+    kept = cli("train", world / "data", "--out", tmp_path / "kept", *options, "--classes-per-batch", 4)
+    assert "warning" not in kept.err
+    assert config_of(tmp_path / "kept")["dim"] == 8
+    outcome = cli("train", world / "data", "--out", tmp_path / "c", *options, "--loss", "cross-entropy")
+    assert outcome.status == 0, outcome.err
+    assert f"vitembed: warning: the projection of {tmp_path / 'm'} is left out" in outcome.err
+    assert config_of(tmp_path / "c")["dim"] is None

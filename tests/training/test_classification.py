@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.training.stripes import stripes
 from vitembed.embedder import Embedder
 from vitembed.errors import ConfigError, DataError, VectorError
 from vitembed.preprocess import Preprocess
@@ -24,19 +25,6 @@ CONFIG = ViTConfig((8, 8), 4, 1, width=16, depth=2, heads=2, stem=((8, 2), (16, 
 def embedder(config: ViTConfig = CONFIG, **options: Any) -> Embedder:
     preprocess = Preprocess.grey((8, 8), resize="squash", invert=False)
     return Embedder.create(config, preprocess=preprocess, device="cpu", **options)
-
-
-def stripes(classes: int = 4, per_class: int = 16, seed: int = 0) -> ImageDataset:
-    """Noisy stripes, a direction a class: easy, but not for untrained weights."""
-    rng = np.random.default_rng(seed)
-    labels = np.repeat(np.arange(classes), per_class)
-    y, x = np.mgrid[:8, :8]
-    images = []
-    for label in labels:
-        angle = np.pi * label / classes
-        wave = np.sin(1.6 * (np.cos(angle) * x + np.sin(angle) * y) + rng.uniform(0, 2 * np.pi))
-        images.append(np.clip(127 + 80 * wave + rng.normal(0, 15, (8, 8)), 0, 255).astype(np.uint8))
-    return ImageDataset.from_arrays(images, [f"way {label}" for label in labels])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
@@ -118,15 +106,15 @@ def test_batches_differ_by_epoch_and_seed_alone() -> None:
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_a_fresh_head_is_the_papers_and_predicts_all_classes_alike(kind: Any) -> None:
     model = embedder()
-    before = model.encode(stripes().images)
+    before = model.encode(stripes(4, 16).images)
     fit_head(model, ["a", "b", "c"], kind)
     vit = model.network.vit
     assert (vit.config.num_classes, vit.config.head_width) == (3, 16 if kind == "mlp" else 0)
     hidden = [layer for layer in vit.modules() if isinstance(layer, nn.Linear) and layer.out_features in (3, 16)]
     assert vit.head in hidden
     assert (vit.pre_logits is not None) == (kind == "mlp")
-    np.testing.assert_allclose(model.classify(stripes().images), 1 / 3, atol=1e-6)
-    np.testing.assert_array_equal(model.encode(stripes().images), before)  # a head leaves the embedding alone
+    np.testing.assert_allclose(model.classify(stripes(4, 16).images), 1 / 3, atol=1e-6)
+    np.testing.assert_array_equal(model.encode(stripes(4, 16).images), before)  # a head leaves the embedding alone
 
 
 def test_the_head_of_a_distilled_network_is_replaced_with_its_twin() -> None:
@@ -139,7 +127,7 @@ def test_the_head_of_a_distilled_network_is_replaced_with_its_twin() -> None:
 
 def test_a_head_is_kept_for_the_same_classes_in_the_same_order_alone() -> None:
     model = embedder()
-    data = stripes()
+    data = stripes(4, 16)
     train(model, data, loss=CrossEntropyLoss(), config=TrainConfig(**QUICK))
     vit = model.network.vit
     assert vit.head is not None
@@ -160,7 +148,7 @@ def test_a_head_is_kept_for_the_same_classes_in_the_same_order_alone() -> None:
 
 def test_training_learns_to_name_the_classes_and_says_how_well(tmp_path: Path) -> None:
     model = embedder()
-    data = stripes(per_class=32)
+    data = stripes(4, 32, noise=15)
     # The third class has no image held out: the held-out part numbers its classes without it.
     held_out = np.array([number % 4 == 0 and label != 2 for number, label in enumerate(data.labels)])
     data = ImageDataset(data.images, data.labels, data.classes, held_out)
@@ -202,13 +190,13 @@ def test_the_best_epoch_is_that_of_the_highest_accuracy(monkeypatch: pytest.Monk
         return dict(zip(("recall@1", "validation accuracy"), next(figures), strict=True))
 
     monkeypatch.setattr(loop, "_validate", validate)
-    result = train(embedder(), stripes(), loss=CrossEntropyLoss(), config=TrainConfig(**{**QUICK, "epochs": 4}))
+    result = train(embedder(), stripes(4, 16), loss=CrossEntropyLoss(), config=TrainConfig(**{**QUICK, "epochs": 4}))
     assert (result.best_epoch, result.accuracy, result.recall_at_1) == (3, 0.7, 0.2)
 
 
 def test_without_validation_the_last_epoch_counts_and_has_no_accuracy() -> None:
     config = TrainConfig(**QUICK, validation="none", head="mlp")
-    result = train(embedder(), stripes(), loss=CrossEntropyLoss(), config=config)
+    result = train(embedder(), stripes(4, 16), loss=CrossEntropyLoss(), config=config)
     assert (result.best_epoch, result.accuracy, result.recall_at_1) == (2, None, None)
 
 
@@ -216,16 +204,16 @@ def test_equal_seeds_give_equal_weights() -> None:
     fingerprints = []
     for seed in (3, 3, 4):
         model = embedder()
-        train(model, stripes(), loss=CrossEntropyLoss(), config=TrainConfig(**QUICK, head="mlp", seed=seed))
+        train(model, stripes(4, 16), loss=CrossEntropyLoss(), config=TrainConfig(**QUICK, head="mlp", seed=seed))
         fingerprints.append(model.fingerprint)
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
 def test_a_loss_of_embeddings_takes_off_the_head_that_it_does_not_train() -> None:
     model = embedder()
-    train(model, stripes(), loss=CrossEntropyLoss(), config=TrainConfig(**QUICK))
+    train(model, stripes(4, 16), loss=CrossEntropyLoss(), config=TrainConfig(**QUICK))
     before = model.fingerprint
-    train(model, stripes(), loss=TripletLoss(), config=TrainConfig(**QUICK, validation="images"))
+    train(model, stripes(4, 16), loss=TripletLoss(), config=TrainConfig(**QUICK, validation="images"))
     assert model.classes == []
     assert model.network.vit.head is None
     assert model.network.vit.config.num_classes == 0
@@ -243,7 +231,7 @@ def test_any_loss_may_ask_for_logits() -> None:
             picked = logits.log_softmax(1).gather(1, labels[:, None])
             return -((1 - picked.exp()) ** 2 * picked).mean()
 
-    result = train(embedder(), stripes(), loss=Focal(), config=TrainConfig(**QUICK))
+    result = train(embedder(), stripes(4, 16), loss=Focal(), config=TrainConfig(**QUICK))
     assert result.accuracy is not None
     assert widths == {4}
 
@@ -257,7 +245,7 @@ def test_what_does_not_go_with_classification_is_refused_before_anything_is_done
         with pytest.raises((ConfigError, DataError), match=words):
             train(
                 model,
-                data or stripes(),
+                data or stripes(4, 16),
                 loss=loss or CrossEntropyLoss(),
                 miner=miner,
                 config=config,
@@ -270,8 +258,8 @@ def test_what_does_not_go_with_classification_is_refused_before_anything_is_done
     refused("leave the miner out", embedder(), miner=lambda *_: None)
     refused("'mlp' is for a classification loss", embedder(), loss=TripletLoss(), head="mlp")
     refused("the mean of the patches", embedder(pooling="mean"))
-    refused("a projection of it", embedder(dim=8))
-    data = stripes()
+    refused(r"a projection of it.*model\.replace\(projection=False\)", embedder(dim=8))
+    data = stripes(4, 16)
     refused(
         "'way 2' is held out", embedder(), data=ImageDataset(data.images, data.labels, data.classes, data.labels > 1)
     )
@@ -282,7 +270,7 @@ def test_what_does_not_go_with_classification_is_refused_before_anything_is_done
 
 def test_an_interrupted_first_epoch_leaves_no_names_without_their_head() -> None:
     model = embedder()
-    train(model, stripes(), loss=CrossEntropyLoss(), config=TrainConfig(**QUICK))
+    train(model, stripes(4, 16), loss=CrossEntropyLoss(), config=TrainConfig(**QUICK))
 
     class Broken(CrossEntropyLoss):
         def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -291,4 +279,19 @@ def test_an_interrupted_first_epoch_leaves_no_names_without_their_head() -> None
     with pytest.raises(KeyboardInterrupt):
         train(model, stripes(classes=3), loss=Broken(), config=TrainConfig(**QUICK))
     assert model.classes == []
-    assert model.encode(stripes().images).shape == (64, 16)
+    assert model.encode(stripes(4, 16).images).shape == (64, 16)
+
+
+def test_a_model_whose_projection_was_taken_off_is_trained_to_classify() -> None:
+    model = embedder(dim=8).replace(projection=False)
+    train(model, stripes(4, 16), loss=CrossEntropyLoss(), config=TrainConfig(**QUICK))
+    assert model.dim == 16
+    assert len(model.classes) == 4
+
+
+def test_validation_refuses_what_is_not_finite() -> None:
+    model = embedder()
+    # The only step breaks the weights after its loss was computed.
+    model.network.vit.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(VectorError, match="NaN"):
+        train(model, stripes(4, 4), loss=CrossEntropyLoss(), config=TrainConfig(**{**QUICK, "classes_per_batch": 8}))

@@ -20,7 +20,7 @@ from vitembed.errors import ConfigError, DataError, TrainingError
 from vitembed.files import atomic_write
 from vitembed.preprocess import Preprocess
 from vitembed.training import Augment, ImageDataset, TrainConfig, train
-from vitembed.training.jigsaw import JigsawConfig, pretrain_jigsaw, unlabelled_images
+from vitembed.training.jigsaw import JigsawConfig, _Solver, pretrain_jigsaw, unlabelled_images
 from vitembed.training.puzzle import NOT_ASKED, PuzzleNet, cut, lay
 from vitembed.vit import ViTConfig
 
@@ -85,6 +85,12 @@ def test_masked_tiles_are_the_mean_and_are_not_asked_for() -> None:
     assert len({tuple(row) for row in hidden.tolist()}) > 1
     blank = (cut(puzzle, net.side) == 0).flatten(2).all(dim=-1)
     assert torch.equal(blank, hidden)
+
+
+def test_one_tile_at_least_stays_in_sight_however_many_are_masked() -> None:
+    _, puzzle, places = make(embedder(), noise(5, 1, 16, 16), tile=2, mask=0.99)
+    assert (places != NOT_ASKED).sum(dim=1).tolist() == [1] * 5
+    assert (cut(puzzle, 8) != 0).flatten(2).any(dim=-1).sum(dim=1).tolist() == [1] * 5
 
 
 def test_blank_tiles_stay_in_the_puzzle_but_are_not_asked_for() -> None:
@@ -330,6 +336,32 @@ def test_settings_out_of_range_are_refused(setting: str, value: Any) -> None:
 def test_tiles_that_do_not_fill_the_image_or_are_the_image_are_refused(tile: int) -> None:
     with pytest.raises(ConfigError, match="4 x 4 patches"):
         PuzzleNet(embedder().network, tile)
+
+
+def test_a_backbone_of_others_has_no_patches_to_put_together() -> None:
+    flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 8))
+    model = Embedder.from_module(flat, Preprocess.grey((16, 16), resize="squash"), device="cpu")
+    with pytest.raises(ConfigError, match=r"Sequential, has no patches to put together"):
+        pretrain_jigsaw(model, ramps(), config=JigsawConfig(**QUICK))
+
+
+def test_a_step_needs_no_double_precision_of_the_device() -> None:
+    model = embedder()
+    solver = _Solver(PuzzleNet(model.network, 1), model.device, JigsawConfig(**QUICK), steps=1)
+    assert solver._step(noise(4, 1, 16, 16)).dtype == torch.float32
+
+
+def test_what_was_pretrained_on_is_handed_on_by_training() -> None:
+    model = embedder()
+    model.provenance = {"source": "timm:vit_x", "family": "timm", "notes": []}
+    pretrain_jigsaw(model, ramps(), config=JigsawConfig(**QUICK))
+    kept = {key: model.provenance[key] for key in ("base", "task", "pre-trained on", "pre-training images")}
+    assert kept["base"] == {"source": "timm:vit_x", "family": "timm", "notes": []}
+    config = TrainConfig(epochs=1, classes_per_batch=2, validation_share=0.5, workers=0)
+    for _ in range(2):
+        train(model, ramps(), config=config)
+        assert kept.items() <= model.provenance.items()
+        assert len(model.provenance["trained classes"]) == 2
 
 
 def test_unlabelled_images_may_lie_at_any_depth(tmp_path: Path) -> None:

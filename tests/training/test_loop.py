@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.training.stripes import stripes
 from vitembed.embedder import Embedder
 from vitembed.errors import ConfigError, DataError, TrainingError
 from vitembed.preprocess import Preprocess
@@ -17,7 +18,6 @@ from vitembed.training import (
     Augment,
     ContrastiveLoss,
     CrossEntropyLoss,
-    ImageDataset,
     TrainConfig,
     TripletLoss,
     learner,
@@ -34,19 +34,6 @@ def embedder(seed: int = 0, device: str = "cpu", **options: Any) -> Embedder:
     config = ViTConfig((8, 8), 4, 1, width=16, depth=2, heads=2, stem=((8, 2), (16, 2)), **options)
     preprocess = Preprocess.grey((8, 8), resize="squash", invert=False)
     return Embedder.create(config, preprocess=preprocess, seed=seed, device=device)
-
-
-def stripes(classes: int = 8, per_class: int = 8, seed: int = 0) -> ImageDataset:
-    """Noisy stripes, a direction a class: easy, but not for untrained weights."""
-    rng = np.random.default_rng(seed)
-    labels = np.repeat(np.arange(classes), per_class)
-    y, x = np.mgrid[:8, :8]
-    images = []
-    for label in labels:
-        angle = np.pi * label / classes
-        wave = np.sin(1.6 * (np.cos(angle) * x + np.sin(angle) * y) + rng.uniform(0, 2 * np.pi))
-        images.append(np.clip(127 + 80 * wave + rng.normal(0, 25, (8, 8)), 0, 255).astype(np.uint8))
-    return ImageDataset.from_arrays(images, labels)
 
 
 def test_training_lowers_the_loss_and_finds_neighbours_of_the_class() -> None:
@@ -287,11 +274,14 @@ def test_settings_out_of_range_are_refused(values: dict[str, Any], words: str) -
         TrainConfig(**values)
 
 
-def test_precision_is_mixed_where_the_device_has_it() -> None:
+def test_precision_is_mixed_where_the_device_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert stepper._mixed_precision("auto", cpu) == "no"
     assert stepper._mixed_precision("fp32", cpu) == "no"
     assert stepper._mixed_precision("bf16", cpu) == "bf16"
+    for has, word in ((True, "bf16"), (False, "no")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has: has)
+        assert stepper._mixed_precision("auto", torch.device("cuda")) == word
 
 
 def tokens_seen(model: Embedder) -> dict[bool, set[int]]:
@@ -399,3 +389,56 @@ def test_the_progress_bar_shows_loss_active_share_and_distances(capfd: pytest.Ca
     assert out == ""
     for word in ("epoch 2/2", "loss=", "active=", "positive_distance=", "negative_distance="):
         assert word in err
+
+
+def test_mixed_precision_leaves_the_pixels_as_they_are() -> None:
+    batches = []
+    for precision in ("fp32", "bf16"):
+        model = embedder()
+        seen: list[torch.Tensor] = []
+        model.network.vit.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].clone()))
+        settings: Any = {**QUICK, "epochs": 1, "validation": "none", "precision": precision}
+        train(model, stripes(), config=TrainConfig(**settings, augment=Augment.named("photo")))
+        batches.append(seen)
+    assert len(batches[0]) == len(batches[1]) > 1
+    for exact, mixed in zip(*batches, strict=True):
+        assert mixed.dtype == torch.float32
+        assert torch.equal(mixed, exact)
+
+
+def test_the_gradient_is_clipped_as_one_with_that_of_the_parameters_of_the_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Proxies(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proxies = torch.nn.Parameter(torch.ones(3, 4))
+
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return 1e3 * (features @ self.proxies.T).sum()
+
+    network, loss = torch.nn.Linear(5, 4), Proxies()
+    settings: dict[str, Any] = {"learning_rate": 0.1, "weight_decay": 0, "warmup": 0, "precision": "fp32", "steps": 9}
+    steps = stepper.Stepper(network, loss, torch.device("cpu"), clip=0.5, **settings)
+    raw = loss(network(torch.ones(2, 5)))
+    expected = torch.autograd.grad(raw, [*network.parameters(), loss.proxies], retain_graph=True)
+    monkeypatch.setattr(steps._optimizer, "zero_grad", lambda: None)  # what was stepped along stays to be seen
+    steps.step(raw)
+    total = torch.stack([gradient.norm() for gradient in expected]).norm()
+    for parameter, gradient in zip([*network.parameters(), loss.proxies], expected, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, 0.5 * gradient / total)  # a norm of 0.5 in all
+
+
+def test_the_origin_of_a_checkpoint_is_handed_on_from_training_to_training() -> None:
+    model = embedder()
+    base = {"source": "timm:vit_x", "family": "timm", "revision": "abc", "licence": "mit", "notes": ["assumed"]}
+    model.provenance = dict(base)
+    for validation in ("classes", "none"):
+        train(model, stripes(), config=TrainConfig(**QUICK, validation=validation))
+        assert model.provenance["base"] == base
+        assert not base.keys() & model.provenance.keys()
+    assert len(model.provenance["trained classes"]) == 8
+    fresh = embedder()
+    train(fresh, stripes(), config=TrainConfig(**QUICK))
+    assert "base" not in fresh.provenance

@@ -265,50 +265,6 @@ def tiny() -> ViT:
     return ViT(ViTConfig((8, 8), 4, 3, width=16, depth=2, heads=2, num_classes=3))
 
 
-@needs_onednn
-def test_in_evaluation_weights_lie_otherwise_and_are_the_same() -> None:
-    vit = tiny()
-    before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
-    assert vit.blocks[0].mlp.fc1.weight.is_contiguous()
-    vit.eval()
-    assert vit.blocks[0].mlp.fc1.weight.stride() == (1, 64)
-    for name, tensor in vit.state_dict().items():
-        assert torch.equal(tensor, before[name])
-    vit.load_state_dict(before)
-    assert vit.blocks[0].mlp.fc1.weight.stride() == (1, 64)
-    vit.train()
-    assert all(parameter.is_contiguous() for parameter in vit.parameters())
-
-
-@pytest.mark.parametrize("inference_mode", [False, True])
-def test_training_goes_on_after_an_evaluation_as_if_there_had_been_none(inference_mode: bool) -> None:
-    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    trained = []
-    for evaluate in (False, True):
-        vit = tiny()
-        optimizer = torch.optim.AdamW(vit.parameters(), lr=1e-2)
-        for _ in range(3):
-            if evaluate:
-                with torch.inference_mode(inference_mode):
-                    vit.eval()
-                with torch.inference_mode():
-                    vit(images)
-                vit.train()
-            vit(images).cls.square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        trained.append(vit.state_dict())
-    for name, tensor in trained[0].items():
-        assert torch.equal(trained[1][name], tensor)
-
-
-def test_a_frozen_half_precision_or_foreign_layer_keeps_its_layout_or_its_kind() -> None:
-    vit = tiny().half().eval()
-    assert vit.blocks[0].mlp.fc1.weight.is_contiguous()
-    vit = tiny().requires_grad_(False).eval()
-    assert not vit.blocks[0].mlp.fc1.weight.requires_grad
-
-
 def test_a_batch_in_parts_gives_what_it_gives_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     vit = tiny().eval()
     images = torch.randn(5, 3, 8, 8)
@@ -333,3 +289,14 @@ def test_training_never_parts_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         vit(torch.randn(3, 3, 8, 8))  # the statistics of a stem's norm are of the whole batch
     vit(torch.randn(3, 3, 8, 8))
     assert sizes == [3, 3]
+
+
+def test_a_hook_for_all_modules_sees_the_linear_layers() -> None:
+    seen: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, _i, _o: seen.append(type(module).__name__))
+    try:
+        with torch.inference_mode():
+            tiny().eval()(torch.zeros(1, 3, 8, 8))
+    finally:
+        handle.remove()
+    assert seen.count("Linear") > 4

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from benchmarks.parity import outputs
 from vitembed.errors import CheckpointError, ConfigError
 from vitembed.preprocess import Preprocess
 from vitembed.vit import ViT, ViTConfig
-from vitembed.weights import load_checkpoint, load_state, save_weights
+from vitembed.weights import load_checkpoint, load_state
 from vitembed.weights.shapes import expected_shapes
 
 CONFIG = ViTConfig(image_size=(32, 32), width=64, depth=2, heads=1, num_classes=3)
@@ -275,7 +276,7 @@ def test_other_models_of_transformers_are_named(tmp_path: Path, model: str, conf
 def test_heads_are_asked_for_where_no_rule_gives_them(tmp_path: Path) -> None:
     config = ViTConfig(image_size=(32, 32), width=96, depth=1, heads=4)
     path = saved(tmp_path / "vit.pth", ViT(config).state_dict())
-    with pytest.raises(CheckpointError, match="width 96 is no multiple of 64; pass heads="):
+    with pytest.raises(CheckpointError, match=r"width 96 is no multiple of 64; say how many.*heads="):
         load_checkpoint(path)
     assert load_checkpoint(path, heads=4).config == config
     with pytest.raises(CheckpointError, match="width must be a multiple of heads"):
@@ -295,7 +296,7 @@ def test_a_size_that_is_no_square_is_asked_for_and_not_guessed(tmp_path: Path) -
     for size in ((32, 64), (48, 32)):  # with CLS 9 positions, which might be 3 x 3 patches, and 7
         config = ViTConfig(image_size=size, width=64, depth=1, heads=1)
         path = saved(tmp_path / "vit.pth", ViT(config).state_dict())
-        with pytest.raises(CheckpointError, match="pass image_size="):
+        with pytest.raises(CheckpointError, match=r"Embedder\.from_pretrained\(\.\.\., image_size=\(height, width\)\)"):
             load_checkpoint(path)
         assert load_checkpoint(path, image_size=size).config == config
         with pytest.raises(CheckpointError, match="fit no image of 80 x 80"):
@@ -327,6 +328,7 @@ def test_shards_of_an_index_are_read_together_and_only_from_its_folder(tmp_path:
     index = tmp_path / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     first, *_ = names = sorted(set(content["weight_map"].values()))
+    assert names == sorted(path.name for path in tmp_path.glob("model-*.safetensors"))
     for target, message in (("../secret.safetensors", "outside its folder"), ("model-9.safetensors", "not there")):
         moved = {key: target if name == first else name for key, name in content["weight_map"].items()}
         index.write_text(json.dumps({"weight_map": moved}))
@@ -335,7 +337,6 @@ def test_shards_of_an_index_are_read_together_and_only_from_its_folder(tmp_path:
     index.write_text("{}")
     with pytest.raises(CheckpointError, match="no weight_map"):
         load_checkpoint(tmp_path)
-    assert names
 
 
 def test_images_that_are_neither_rgb_nor_said_to_be_grey_have_no_preprocessing(tmp_path: Path) -> None:
@@ -355,16 +356,9 @@ def test_a_configuration_of_other_channels_than_the_weights_is_refused(tmp_path:
         load_checkpoint(tmp_path)
 
 
-def test_damaged_descriptions_of_our_own_files_are_one_error_each(tmp_path: Path) -> None:
-    described = {"vit": CONFIG.to_dict(), "preprocess": Preprocess((32, 32)).to_dict(), "pooling": "cls", "dim": None}
-    for change, message in [
-        ({"vit": None}, "another network than a ViT"),
-        ({"vit": {"widht": 3}}, "did you mean 'width'"),
-        ({"preprocess": {"size": [0, 0]}}, "size must be"),
-    ]:
-        save_weights(tmp_path / "model.safetensors", {"a": torch.ones(1)}, {**described, **change})
-        with pytest.raises(CheckpointError, match=message):
-            load_checkpoint(tmp_path)
-    save_weights(tmp_path / "model.safetensors", {"a": torch.ones(1)}, {"vit": CONFIG.to_dict()})
-    with pytest.raises(CheckpointError, match="lacks 'preprocess'"):
-        load_checkpoint(tmp_path / "model.safetensors")
+def test_a_torchscript_archive_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is going out of fashion
+        torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "ViT-B-32.pt")
+    with pytest.raises(CheckpointError, match=r"TorchScript archive.*with the package clip and save model\.state_dict"):
+        load_checkpoint(tmp_path / "ViT-B-32.pt")

@@ -15,7 +15,7 @@ from PIL import Image
 from vitembed.errors import CheckpointError
 from vitembed.preprocess import Preprocess
 from vitembed.weights import load_checkpoint
-from vitembed.weights.processing import crop_share, from_open_clip, from_timm, from_torchvision, from_transformers
+from vitembed.weights.processing import from_open_clip, from_timm, from_torchvision, from_transformers
 
 SHAPES = [(90, 61), (57, 110), (64, 64)]  # (height, width)
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.4, 0.3)}
@@ -134,9 +134,62 @@ def test_open_clip() -> None:
 
 
 @pytest.mark.parametrize("side", [96, 112, 224, 384, 518])
-def test_a_crop_share_gives_the_resized_side_back(side: int) -> None:
+def test_a_crop_share_that_was_read_gives_the_resized_side_back(side: int) -> None:
     for resized in range(side, 3 * side):
-        assert int(side / crop_share(side, resized)) == resized
+        settings = {"size": {"shortest_edge": resized}, "crop_size": side}
+        assert from_transformers(settings, "clip", "here")[0]._whole((1, 1)) == (resized, resized)
+
+
+JUNK: list[Any] = ["x", [1], 0.5, {"a": 1}, [[1, 2]], 1e400, 0, -1, True, []]
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=str)
+def test_nonsense_in_a_description_is_one_error_that_names_the_file(junk: Any) -> None:
+    names = {
+        from_transformers: "size crop_size resample image_mean image_std rescale_factor do_resize do_normalize",
+        from_timm: "input_size crop_mode crop_pct mean std interpolation",
+        from_open_clip: "size resize_mode mean std interpolation fill_color",
+    }
+    refusals = []
+    for read, keys in names.items():
+        for key in keys.split():
+            between = {from_transformers: ("clip",), from_open_clip: ((32, 32),)}.get(read, ())
+            try:
+                read({key: junk}, *between, "the/file.json")  # some of it makes sense, such as a number for a size
+            except CheckpointError as error:
+                refusals.append(str(error))
+    assert len(refusals) > 5
+    assert all("the/file.json" in text and "\n" not in text for text in refusals)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"image_processor_type": "OddImageProcessor", "size": {"height": 32, "width": 32}},
+        {"rescale_factor": "x"},
+        {"rescale_factor": 0},
+        {"resample": [1]},
+        {"image_mean": 0.5},
+    ],
+    ids=str,
+)
+def test_a_malformed_processor_beside_the_weights_is_one_error_with_its_path(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    save_clip(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json is damaged") as error:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"layer_norm_eps": "x"}, {"hidden_act": [1]}, {"image_size": {}}], ids=str)
+def test_nonsense_beside_the_weights_is_one_error_with_its_path(tmp_path: Path, change: dict[str, Any]) -> None:
+    save_clip(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_checkpoint(tmp_path)
 
 
 def save_clip(folder: Path) -> None:

@@ -12,14 +12,18 @@ import transformers
 from torch import Tensor
 
 from benchmarks.parity import of_timm, outputs, randomise, torchvision_cls
+from vitembed import weights
 from vitembed.embedder import Embedder
-from vitembed.errors import CheckpointError, ConfigError, MissingExtraError
+from vitembed.errors import CheckpointError, ConfigError, MissingExtraError, VitembedError
 from vitembed.preprocess import Preprocess
-from vitembed.vit import ViTConfig
-from vitembed.weights import load_checkpoint, resolve
-from vitembed.weights.sources import describe_torchvision
+from vitembed.vit import ViT, ViTConfig
+from vitembed.weights import load_checkpoint, load_weights, save_weights
+from vitembed.weights.sources import describe_torchvision, resolve
+from vitembed.weights.tensors import FILES, weights_in
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+SWAG_LICENCE = "https://github.com/facebookresearch/SWAG/blob/main/LICENSE"
 
 # Image size, resized side and interpolation of every entry, from torchvision's documentation.
 TORCHVISION = {
@@ -149,6 +153,26 @@ def test_safetensors_are_preferred_to_pickles_and_pickles_to_nothing(hub: Path) 
     assert torch.equal(load_checkpoint("owner/old").state["cls_token"], state["cls_token"])
 
 
+def test_what_is_fetched_is_what_a_folder_is_searched_for(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_vit(cached(hub, "owner/bare"))
+    (cached_file,) = (hub / "models--owner--bare").rglob("model.safetensors")
+    cached_file.unlink()
+    fetched: list[str] = []
+    original = huggingface_hub.snapshot_download
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *a, **k: fetched.extend(k["allow_patterns"]) or original(*a, **k)
+    )
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        load_checkpoint("owner/bare")
+    assert [name for name in fetched if name in FILES] == list(FILES)
+    assert {"model-*.safetensors", "pytorch_model-*.bin"} <= set(fetched)
+    for name in reversed(FILES):  # best first
+        (tmp_path / name).touch()
+        assert weights_in(tmp_path).name == name
+
+
 def test_a_folder_is_never_looked_for_on_the_hub(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     monkeypatch.chdir(tmp_path)
@@ -169,8 +193,8 @@ def test_every_entry_of_torchvision_has_its_size_and_preprocessing(name: str) ->
     assert described.image_size == (size, size)
     assert preprocess is not None
     assert (preprocess.size, preprocess.resize, preprocess.interpolation) == ((size, size), "crop", interpolation)
-    assert int(size / preprocess.crop_share) == resized
-    assert described.licence is None or "SWAG" in name
+    assert preprocess._whole((1, 1)) == (resized, resized)
+    assert described.licence == (SWAG_LICENCE if "SWAG" in name else None)  # torchvision names none for its own
 
 
 def test_the_table_of_torchvision_is_complete() -> None:
@@ -253,3 +277,120 @@ def test_what_contradicts_the_configuration_of_a_checkpoint_is_refused(tmp_path:
         load_checkpoint(tmp_path, heads=4)
     with pytest.raises(ConfigError, match=r"positions are for \(32, 32\) pixels; got image_size=\(64, 64\)"):
         load_checkpoint(tmp_path, image_size=64)
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Change the description of a saved model and keep its tensors."""
+    state, header = load_weights(path / "model.safetensors")
+    save_weights(path / "model.safetensors", state, {**header, **changes})
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """Return the folder of a saved model, its weights alone."""
+    Embedder.create("N/4", preprocess=Preprocess((16, 16)), dim=8, device="cpu").save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 9}, "has format 9; this vitembed reads 2"),
+        ({"format": None}, "has format None"),
+        ({"fingerprint": "sha256:0"}, "do not have the fingerprint"),
+        ({"fingerprint": None}, "do not have the fingerprint"),
+        ({"pooling": "mean"}, "do not have the fingerprint"),
+        ({"pooling": "x"}, "pooling must be 'cls' or 'mean'; got 'x'"),
+        ({"pooling": [1]}, "pooling must be"),
+        ({"dim": "x"}, "dim must be null or a whole number above 0; got 'x'"),
+        ({"dim": True}, "dim must be"),
+        ({"dim": 7}, r"expected a projection \(7, 128\); got \(8, 128\)"),
+        ({"dim": None}, "do not have the fingerprint"),
+        ({"vit": 3}, "makes no sense"),
+        ({"vit": {"image_size": 3}}, "makes no sense"),
+        ({"vit": {"widht": 3}}, "did you mean 'width'"),
+        ({"vit": {"width": 64, "heads": 1, "depth": 1}}, "projection|fingerprint"),
+        ({"vit": None}, "another network than a ViT"),
+        ({"preprocess": None}, "makes no sense"),
+        ({"preprocess": {"size": [0, 0]}}, "size must be"),
+    ],
+)
+def test_our_own_folder_and_file_are_read_as_strictly_as_by_the_embedder(
+    own: Path, changes: dict[str, Any], message: str
+) -> None:
+    rewrite(own, **changes)
+    for path in (own, own / "model.safetensors"):
+        for read in (load_checkpoint, ViT.from_pretrained):
+            with pytest.raises(CheckpointError, match=message) as error:
+                read(path)
+            assert "\n" not in str(error.value)
+    if changes != {"vit": None}:
+        with pytest.raises(VitembedError):
+            Embedder.from_pretrained(own)
+
+
+@pytest.mark.parametrize("key", ["vit", "backbone", "pooling", "dim", "preprocess", "fingerprint", "provenance"])
+def test_a_key_that_our_own_description_lacks_is_named(own: Path, key: str) -> None:
+    state, header = load_weights(own / "model.safetensors")
+    del header[key]
+    save_weights(own / "model.safetensors", state, header)
+    with pytest.raises(CheckpointError, match=f"lacks {key}"):
+        load_checkpoint(own)
+
+
+def test_a_changed_weight_and_an_edited_config_of_our_own_are_refused(tmp_path: Path) -> None:
+    Embedder.create("N/4", preprocess=Preprocess((16, 16)), device="cpu").save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    whole = config.read_text()
+    config.write_text(whole.replace('"cls"', '"mean"'))
+    with pytest.raises(CheckpointError, match="'pooling' differs"):
+        load_checkpoint(tmp_path)
+    assert load_checkpoint(tmp_path / "model.safetensors").pooling == "cls"  # complete by itself
+    config.write_text(whole)
+    state, header = load_weights(tmp_path / "model.safetensors")
+    state["norm.weight"][3] += 1
+    save_weights(tmp_path / "model.safetensors", state, header)
+    with pytest.raises(CheckpointError, match="do not have the fingerprint"):
+        ViT.from_pretrained(tmp_path)
+
+
+def test_damage_of_our_own_folder_is_called_damage_and_not_another_kind_of_folder(tmp_path: Path) -> None:
+    Embedder.create("N/4", preprocess=Preprocess((16, 16)), device="cpu").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        ViT.from_pretrained(tmp_path)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"no weights at .*model\.safetensors"):
+        ViT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"num_classes": 3}, {"registers": 2}, {"distilled": True, "num_classes": 3}])
+def test_a_projection_of_our_own_is_told_from_a_head(tmp_path: Path, settings: dict[str, Any]) -> None:
+    config = ViTConfig((16, 16), 8, 3, 32, 1, 2, **settings)
+    model = Embedder.create(config, preprocess=Preprocess((16, 16)), pooling="mean", dim=3, device="cpu")
+    model.save_pretrained(tmp_path)
+    checkpoint = load_checkpoint(tmp_path)
+    assert checkpoint.pooling == "mean"
+    assert torch.equal(checkpoint.projection, model.network.projection.weight)
+    assert checkpoint.state.keys() == model.network.vit.state_dict().keys()
+
+
+def test_heads_and_size_that_contradict_our_own_folder_are_refused(own: Path) -> None:
+    assert load_checkpoint(own, heads=4, image_size=16).config.heads == 4
+    with pytest.raises(ConfigError, match="says that it has 4 heads; got heads=99"):
+        load_checkpoint(own, heads=99)
+    with pytest.raises(ConfigError, match=r"positions are for \(16, 16\) pixels; got image_size=\(32, 32\)"):
+        load_checkpoint(own, image_size=32)
+
+
+@pytest.mark.parametrize("size", [0, "x", (32,), (32, -1), (32, 1.5), True])
+def test_an_image_size_that_is_none_is_refused(own: Path, size: Any) -> None:
+    with pytest.raises(ConfigError, match="image_size must be a whole number above 0"):
+        load_checkpoint(own, image_size=size)
+
+
+def test_resolve_is_no_public_name() -> None:
+    assert "resolve" not in weights.__all__
+    assert all(hasattr(weights, name) for name in weights.__all__)

@@ -161,3 +161,18 @@ def test_a_fine_tuned_clip_keeps_its_head_and_a_plain_one_has_a_projection(tmp_p
         checkpoint = load_checkpoint(tmp_path)
         assert (checkpoint.projection is not None) == projects
         assert (checkpoint.config.num_classes == 0) == projects
+
+
+def test_a_distilled_network_says_that_timms_features_are_others(tmp_path: Path) -> None:
+    of_timm("deit_small_distilled_patch16_224", num_classes=0)(tmp_path, 32)
+    checkpoint = load_checkpoint(tmp_path)
+    (note,) = (note for note in checkpoint.notes if "distilled" in note)
+    assert "mean of CLS and the distillation token" in note
+    model = randomise(timm_model("deit_small_distilled_patch16_224", 32, num_classes=0), 0)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():  # what the note says of timm holds
+        tokens = model.forward_features(images)
+        torch.testing.assert_close(model(images), tokens[:, :2].mean(dim=1))
+        assert (model(images) - tokens[:, 0]).abs().max() > 0.01
+    of_timm("vit_base_patch16_224")(tmp_path, 32)
+    assert not any("distilled" in note for note in load_checkpoint(tmp_path).notes)

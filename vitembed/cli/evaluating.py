@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vitembed.cli.models import MODEL, open_model
 from vitembed.cli.output import BatchSize, Device, Json, print_figures, print_json, warn
-from vitembed.errors import CheckpointError, DataError
+from vitembed.errors import DataError
 
 if TYPE_CHECKING:
     from vitembed.embedder import Embedder
@@ -18,7 +19,7 @@ HeldOut = Annotated[
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A model's folder.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     data: Annotated[Path, typer.Argument(help="A folder DATA/CLASS/IMAGE, or a .csv or .parquet: path,label.")],
     held_out: HeldOut = False,
     batch_size: BatchSize = 64,
@@ -29,10 +30,9 @@ def evaluate(
 
     Example: vitembed evaluate runs/photos photos/ --held-out
     """
-    from vitembed.embedder import Embedder
     from vitembed.evaluate import evaluate as evaluate_model
 
-    embedder = Embedder.from_pretrained(model, device=device)
+    embedder = open_model(model, device)
     dataset = load_labelled(embedder, data, held_out)
     report = evaluate_model(embedder, dataset.images, dataset.labels, batch_size=batch_size, progress=True)
     if json:
@@ -42,7 +42,7 @@ def evaluate(
 
 
 def embed(
-    model: Annotated[Path, typer.Argument(help="A model's folder.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     images: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
     out: Annotated[Path, typer.Option(help="The .npz file to write: paths and vectors.")],
     batch_size: BatchSize = 64,
@@ -55,10 +55,9 @@ def embed(
     """
     import numpy as np
 
-    from vitembed.embedder import Embedder
     from vitembed.files import atomic_path
 
-    embedder = Embedder.from_pretrained(model, device=device)
+    embedder = open_model(model, device)
     paths = expand_folders(images)
     with atomic_path(out) as temporary:  # before the work, so that a folder that cannot be written is known at once
         vectors = embedder.encode(paths, batch_size=batch_size, progress=True)
@@ -91,25 +90,13 @@ def load_labelled(model: "Embedder", data: Path, held_out: bool) -> "ImageDatase
         raise DataError(
             "the model records no held-out classes; train it with --validation classes, or leave --held-out"
         )
+    seen = set(known) & set(model.provenance.get("pre-trained on", ()))
+    if seen:
+        warn(f"images of {len(seen)} of the {len(known)} held-out classes were seen, without labels, in pre-training")
     kept = dataset.with_classes(known)
     if kept is None:
         raise DataError(f"{data} has none of the classes that the training held out; is it the training data?")
     return kept
-
-
-def find_model(owner: Path, recorded: str | None, given: Path | None) -> Path:
-    """Return the folder of the model that an index or a verifier belongs to.
-
-    Raises:
-        CheckpointError: if none is named, or the recorded one is no longer there.
-    """
-    if given is not None:
-        return given
-    if recorded is None:
-        raise CheckpointError(f"{owner} does not say where its model is; name it with --model")
-    if not Path(recorded).is_dir():
-        raise CheckpointError(f"{owner} was made with the model {recorded}, which is not there; name it with --model")
-    return Path(recorded)
 
 
 def expand_folders(paths: list[Path]) -> list[Path]:

@@ -5,13 +5,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from vitembed.cli.models import MODEL, open_model
 from vitembed.cli.output import Device, Json, print_figures, print_json
 
 Fusion = Literal["mean", "max", "min"]
 
 
 def explain(
-    model: Annotated[str, typer.Argument(help="A model's folder, or a name such as torchvision:vit_b_16.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     images: Annotated[list[Path], typer.Argument(help="Images.")],
     out: Annotated[Path, typer.Option(help="Folder for the pictures (PNG), named after the images.")],
     fusion: Annotated[Fusion, typer.Option(help="How the heads of a block become one: mean, max or min.")] = "mean",
@@ -31,10 +32,9 @@ def explain(
 
     Example: vitembed explain runs/photos a.jpg b.jpg --out pictures --pair
     """
-    from vitembed.embedder import Embedder
     from vitembed.explain import explain as explain_images
 
-    embedder = Embedder.from_pretrained(model, device=device)
+    embedder = open_model(model, device)
     found = explain_images(embedder, images, out, fusion=fusion, discard=discard, pair=pair, distances=distances)
     if json:
         print_json({"model": model, "fusion": fusion, "discard": discard, **found.to_dict()})

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from vitembed.cli.evaluating import expand_folders
+from vitembed.cli.models import MODEL, open_model
 from vitembed.cli.output import Json, print_figures, print_json
 from vitembed.errors import ConfigError
 
@@ -16,7 +17,7 @@ Format = Literal["onnx", "vitembed"]
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="A model's folder, or a name such as torchvision:vit_b_16.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     out: Annotated[Path, typer.Option(help="The .onnx file to write; with --format vitembed a new folder.")],
     format: Annotated[
         Format, typer.Option(help="onnx, for programs without torch; vitembed, a model of its own.")
@@ -37,11 +38,9 @@ def export(
 
     Example: vitembed export runs/photos --out photos.onnx
     """
-    from vitembed.embedder import Embedder
-
     if images and format != "onnx":
         raise ConfigError("--images checks an ONNX file; leave it out with --format vitembed")
-    embedder = Embedder.from_pretrained(model, device="cpu")
+    embedder = open_model(model, "cpu")
     if image_size is not None or merge is not None:
         embedder = embedder.replace(image_size=image_size, merge=merge)
     figures = {"model": model, "format": format, "fingerprint": embedder.fingerprint, "dim": embedder.dim}

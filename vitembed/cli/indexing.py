@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vitembed.cli.evaluating import expand_folders, find_model
+from vitembed.cli.evaluating import expand_folders
+from vitembed.cli.models import MODEL, find_model, location_of, open_model
 from vitembed.cli.output import BatchSize, Device, Json, Workers, print_figures, print_json, print_table, warn
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ FAULTY = 1  # exit status of a check that found something
 
 IndexPath = Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder.")]
 ModelPath = Annotated[
-    Path | None, typer.Option(help="The model's folder, if it is no longer where the index was made with it.")
+    str | None, typer.Option(help="The model's folder, if it is no longer where the index was made with it.")
 ]
 
 index_app = typer.Typer(no_args_is_help=True, help="Make an index of images, keep it up to date, look into it.")
@@ -25,18 +26,17 @@ index_app = typer.Typer(no_args_is_help=True, help="Make an index of images, kee
 @index_app.command()
 def create(
     index: IndexPath,
-    model: Annotated[Path, typer.Option(help="The model whose embeddings it will hold.")],
+    model: Annotated[str, typer.Option(help=f"The model whose embeddings it will hold. {MODEL}")],
     json: Json = False,
 ) -> None:
     """Make an empty index for the embeddings of a model.
 
     Example: vitembed index create photos.index --model runs/photos
     """
-    from vitembed.embedder import Embedder
     from vitembed.index import Index
 
-    embedder = Embedder.from_pretrained(model)
-    with Index.create(index, embedder.dim, embedder.fingerprint, location=str(model.absolute())) as made:
+    embedder = open_model(model)
+    with Index.create(index, embedder.dim, embedder.fingerprint, location=location_of(model)) as made:
         _print_info(made, json)
 
 
@@ -173,16 +173,14 @@ def search(
         print_table([("", hit.score, hit.id) for hit in hits])
 
 
-def _model_of(index: "Index", folder: Path | None, device: str | None) -> "Embedder":
+def _model_of(index: "Index", folder: str | None, device: str | None) -> "Embedder":
     """Load the model that an index belongs to.
 
     Raises:
         CheckpointError: if it is not known or not there.
         ModelMismatchError: if the folder holds another model by now.
     """
-    from vitembed.embedder import Embedder
-
-    embedder = Embedder.from_pretrained(find_model(index.path, index.location, folder), device=device)
+    embedder = open_model(find_model(index.path, index.location, folder), device)
     index.require_model(embedder.fingerprint)
     return embedder
 

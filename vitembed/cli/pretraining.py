@@ -1,16 +1,14 @@
 """`vitembed pretrain`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from vitembed.cli.networks import NETWORK, Pooling, Stem, new_embedder
 from vitembed.cli.output import Device, Json, Seed, Workers, print_figures, print_json, warn
-from vitembed.cli.training import NETWORK, SETTINGS, Pooling, Precision, Stem
+from vitembed.cli.training import SETTINGS, Precision
 from vitembed.errors import unknown_name
-
-if TYPE_CHECKING:
-    from vitembed.embedder import Embedder
 
 TASKS = ("jigsaw",)
 PUZZLE = "Puzzle"  # a group of options in --help
@@ -23,7 +21,9 @@ def pretrain(
     arch: Annotated[
         str, typer.Option(help="Size/patch: N Ti S B L H; N/4 for small images.", rich_help_panel=NETWORK)
     ] = "S/16",
-    stem: Annotated[Stem, typer.Option(help="linear or conv, as for train.", rich_help_panel=NETWORK)] = "conv",
+    stem: Annotated[
+        Stem | None, typer.Option(help="linear, or conv (the default), as for train.", rich_help_panel=NETWORK)
+    ] = None,
     image_size: Annotated[int, typer.Option(min=1, help="Side in pixels.", rich_help_panel=NETWORK)] = 224,
     pooling: Annotated[
         Pooling, typer.Option(help="Of the embedding to train later: cls or mean.", rich_help_panel=NETWORK)
@@ -84,7 +84,7 @@ def pretrain(
         seed=seed,
     )
     dataset = unlabelled_images(data)
-    model = _new(arch, stem, image_size, pooling, dim, ink, seed, device)
+    model = new_embedder(device, seed, arch=arch, stem=stem, image_size=image_size, pooling=pooling, dim=dim, ink=ink)
     result = pretrain_jigsaw(model, dataset, config=settings, out=out, overwrite=overwrite, progress=True)
     if result.accuracy <= result.chance:
         warn("it places tiles no better than a constant answer would: nothing has been learned yet; train longer")
@@ -94,15 +94,3 @@ def pretrain(
     else:
         print_figures(figures)
         typer.echo(f"\nNext: vitembed train LABELLED --init {out} --out MODEL")
-
-
-def _new(
-    arch: str, stem: Stem, image_size: int, pooling: Pooling, dim: int | None, ink: bool, seed: int, device: str | None
-) -> "Embedder":
-    """Make an untrained model."""
-    from vitembed.embedder import Embedder
-    from vitembed.preprocess import Preprocess
-
-    size = (image_size, image_size)
-    preprocess = Preprocess.grey(size) if ink else Preprocess(size)
-    return Embedder.create(arch, preprocess=preprocess, stem=stem, pooling=pooling, dim=dim, seed=seed, device=device)

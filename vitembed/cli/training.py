@@ -5,19 +5,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from vitembed.cli.models import open_model
+from vitembed.cli.networks import NETWORK, Pooling, Stem, new_embedder
 from vitembed.cli.output import Device, Json, Seed, Workers, print_figures, print_json, warn
 from vitembed.errors import ConfigError
 
 if TYPE_CHECKING:
     from vitembed.embedder import Embedder
 
-Stem = Literal["linear", "conv"]
-Pooling = Literal["cls", "mean"]
 Validation = Literal["classes", "images", "none"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Head = Literal["linear", "mlp"]
 
-NETWORK, LOSS, SETTINGS = "Network", "Loss", "Training"  # the groups of options in --help
+LOSS, SETTINGS = "Loss", "Training"  # groups of options in --help
 
 
 def train(
@@ -33,7 +33,10 @@ def train(
     ] = None,
     arch: Annotated[
         str | None,
-        typer.Option(help="Size/patch: N Ti S B L H; S/16 by default, N/4 for small images.", rich_help_panel=NETWORK),
+        typer.Option(
+            help="Size/patch: N Ti S B L H; S/16 by default, N/4 for small images. Or timm:NAME.",
+            rich_help_panel=NETWORK,
+        ),
     ] = None,
     stem: Annotated[
         Stem | None,
@@ -130,6 +133,7 @@ def train(
 
     from vitembed.training import Augment, ImageDataset, TrainConfig, build_loss, build_miner
     from vitembed.training import train as train_model
+    from vitembed.training.learner import needs_logits
 
     network = {"arch": arch, "stem": stem, "image_size": image_size, "pooling": pooling, "dim": dim, "ink": ink or None}
     chosen: dict[str, Any] = {name: value for name, value in network.items() if value is not None}
@@ -149,7 +153,7 @@ def train(
         seed=seed,
     )
     dataset = ImageDataset.load(data)
-    model = _go_on(init, device, chosen) if init else _new(device, seed, **chosen)
+    model = _go_on(init, device, chosen) if init is not None else new_embedder(device, seed, **chosen)
     settings = replace(
         settings, augment=Augment.named(augment or ("photo" if model.preprocess.channels > 1 else "ink"))
     )
@@ -160,6 +164,9 @@ def train(
         embedding_size=model.dim,
         **{name: value for name, value in given.items() if value is not None},
     )
+    if init is not None and needs_logits(loss_function) and model.network.projection is not None:
+        model = model.replace(projection=False)
+        warn(f"the projection of {init} is left out: {loss} trains the CLS token, which it would hide")
     result = train_model(
         model,
         dataset,
@@ -189,31 +196,9 @@ def train(
 
 def _go_on(init: str, device: str | None, chosen: dict[str, Any]) -> "Embedder":
     """Load the model to go on from, which decides on the network by itself, but for the size of the images."""
-    from vitembed.embedder import Embedder
-
     image_size = chosen.pop("image_size", None)
     if chosen:
         options = ", ".join("--" + name.replace("_", "-") for name in chosen)
         raise ConfigError(f"--init takes the network of {init} as it is; leave {options} out")
-    model = Embedder.from_pretrained(init, device=device)
+    model = open_model(init, device)
     return model if image_size is None else model.replace(image_size=image_size)
-
-
-def _new(
-    device: str | None,
-    seed: int,
-    *,
-    arch: str = "S/16",
-    stem: Stem = "conv",
-    image_size: int = 224,
-    pooling: Pooling = "cls",
-    dim: int | None = None,
-    ink: bool = False,
-) -> "Embedder":
-    """Make an untrained model."""
-    from vitembed.embedder import Embedder
-    from vitembed.preprocess import Preprocess
-
-    size = (image_size, image_size)
-    preprocess = Preprocess.grey(size) if ink else Preprocess(size)
-    return Embedder.create(arch, preprocess=preprocess, stem=stem, pooling=pooling, dim=dim, seed=seed, device=device)

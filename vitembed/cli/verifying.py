@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vitembed.cli.evaluating import HeldOut, find_model, load_labelled
+from vitembed.cli.evaluating import HeldOut, load_labelled
+from vitembed.cli.models import MODEL, find_model, location_of, open_model
 from vitembed.cli.output import BatchSize, Device, Json, Seed, print_figures, print_json, warn
 from vitembed.errors import ConfigError
 
@@ -17,7 +18,7 @@ NO_MATCH = 1  # exit status, as `cmp` and `diff` have it
 
 
 def calibrate(
-    model: Annotated[Path, typer.Argument(help="A model's folder.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     data: Annotated[Path, typer.Argument(help="A folder DATA/IDENTITY/IMAGE, or a table of left,right,match.")],
     out: Annotated[Path, typer.Option(help="The verifier file to write (JSON).")],
     far: Annotated[float, typer.Option(help="Wanted false-accept rate, in (0, 1).")] = 0.01,
@@ -36,12 +37,11 @@ def calibrate(
     """
     from dataclasses import asdict
 
-    from vitembed.embedder import Embedder
     from vitembed.verify import Verifier
 
-    embedder = Embedder.from_pretrained(model, device=device)
+    embedder = open_model(model, device)
     pairs = _pairs(embedder, data, held_out, max_pairs, seed)
-    location = str(model.absolute())
+    location = location_of(model)
     verifier = Verifier.fit(embedder, pairs, far, location=location, batch_size=batch_size, progress=True)
     verifier.save(out)
     if verifier.calibration.identities is not None and verifier.calibration.far_interval is None:
@@ -61,7 +61,7 @@ def verify(
     right: Annotated[Path, typer.Argument(help="Another image.")],
     verifier: Annotated[Path, typer.Option(help="A file that `vitembed calibrate` wrote.")],
     model: Annotated[
-        Path | None, typer.Option(help="The model's folder, if it is no longer where the verifier was made with it.")
+        str | None, typer.Option(help="The model's folder, if it is no longer where the verifier was made with it.")
     ] = None,
     device: Device = None,
     json: Json = False,
@@ -72,12 +72,11 @@ def verify(
     """
     from dataclasses import asdict, replace
 
-    from vitembed.embedder import Embedder
     from vitembed.verify import Verifier
 
     loaded = Verifier.load(verifier)
     folder = find_model(verifier, loaded.location, model)
-    bound = replace(loaded, model=Embedder.from_pretrained(folder, device=device))
+    bound = replace(loaded, model=open_model(folder, device))
     decision = bound.compare(left, right)
     if json:
         print_json(asdict(decision))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitembed.embedder import Embedder
+from vitembed.embedding_net import evaluating
 from vitembed.errors import ConfigError, VectorError, unknown_name
 from vitembed.images import ImageSource
 from vitembed.vit import ViT
@@ -179,10 +180,10 @@ def attention_distances(
         raise ConfigError("the mean attention distance is taken over images; got none")
     apart = patch_distances(config.grid, config.patch_size)
     batches = [
-        mean_attention_distance(attentions, apart, prefix_tokens=config.prefix_tokens).double()
+        mean_attention_distance(attentions, apart, prefix_tokens=config.prefix_tokens).cpu().double()
         for attentions in _attentions(model, images, batch_size)
     ]
-    mean: NDArray[np.float64] = torch.cat(batches).nanmean(dim=0).cpu().numpy()  # (N, depth, heads) -> (depth, heads)
+    mean: NDArray[np.float64] = torch.cat(batches).nanmean(dim=0).numpy()  # (N, depth, heads) -> (depth, heads)
     return mean
 
 
@@ -246,12 +247,7 @@ def _attentions(model: Embedder, images: Sequence[ImageSource], batch_size: int 
         raise ConfigError(f"batch_size must be at least 1; got {batch_size}")
     for start in range(0, len(images), batch_size):
         pixels = np.stack([model.preprocess(image) for image in images[start : start + batch_size]])
-        was_training = network.training
-        network.eval()
-        try:
-            with torch.inference_mode():
-                out = vit(network.normalise(torch.from_numpy(pixels).to(model.device)), attentions=True)
-        finally:
-            network.train(was_training)
+        with evaluating(network), torch.inference_mode():
+            out = vit(network.normalise(torch.from_numpy(pixels).to(model.device)), attentions=True)
         assert out.attentions is not None
         yield out.attentions

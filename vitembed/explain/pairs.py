@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vitembed.embedder import Embedder
-from vitembed.embedding_net import EmbeddingNet
+from vitembed.embedding_net import EmbeddingNet, evaluating
 from vitembed.errors import VectorError
 from vitembed.explain.attention import unmerged
 from vitembed.images import ImageSource
@@ -86,14 +86,10 @@ def explain_pair(model: Embedder, first: ImageSource, second: ImageSource) -> Sh
     network = model.network
     grid = network.vit.config.grid
     pixels = torch.from_numpy(np.stack([model.preprocess(first), model.preprocess(second)])).to(model.device)
-    was_training = network.training
-    network.eval()
-    try:
+    with evaluating(network):
         contributions, scores = patch_contributions(network, pixels)
-    finally:
-        network.train(was_training)
-    maps = contributions.double().cpu().view(2, *grid).numpy()  # (2, rows, columns)
-    score = float(scores.double().mean())  # the two are equal up to rounding
+    maps = contributions.cpu().double().view(2, *grid).numpy()  # (2, rows, columns)
+    score = float(scores.cpu().double().mean())  # the two are equal up to rounding
     if not math.isfinite(score) or not np.isfinite(maps).all():
         raise VectorError("the network gave NaN or infinity: its weights are damaged or its training diverged")
     return Shared(score, maps[0], maps[1], score - float(maps[0].sum()), score - float(maps[1].sum()))

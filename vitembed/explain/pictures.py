@@ -86,7 +86,7 @@ class Explanation:
 
 def explain(
     model: Embedder,
-    images: Sequence[str | os.PathLike[str]],
+    images: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     fusion: Fusion = "mean",
@@ -101,7 +101,7 @@ def explain(
 
     Args:
         model: the embedder; its backbone is a `ViT`.
-        images: paths of at least one image.
+        images: paths of at least one image, or one path.
         out: the folder; it is made if it is missing.
         fusion: see `attention_rollout`.
         discard: see `attention_rollout`.
@@ -114,7 +114,7 @@ def explain(
         ImageError: for an image that cannot be read. Nothing is written then.
         VitembedError: if the folder cannot be made or written.
     """
-    paths = tuple(Path(image) for image in images)
+    paths = tuple(map(Path, [images] if isinstance(images, str | os.PathLike) else images))
     check_rollout_settings(fusion, discard)
     if not paths:
         raise ConfigError("explain takes at least one image; got none")

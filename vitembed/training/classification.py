@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vitembed.embedder import Embedder
@@ -21,7 +20,7 @@ from vitembed.vit import ViT
 
 
 class CrossEntropyLoss(nn.Module):
-    """Mean cross-entropy of logits and classes, as the ViT paper trains (arXiv:2010.11929, section 4.1).
+    """Mean cross-entropy of logits and classes.
 
     With label smoothing e the target is 1 - e for the image's class, plus e / K for each of the K classes (Szegedy et
     al. 2016, arXiv:1512.00567, section 7).
@@ -100,10 +99,12 @@ def check_classifiable(model: Embedder, train_set: ImageDataset, held_out: Image
     if not isinstance(network.backbone, ViT):
         raise ConfigError("a classification loss needs the head of a ViT of vitembed; another backbone stands in here")
     if network.pooling != "cls" or network.projection is not None:
-        embedded = "the mean of the patches" if network.pooling != "cls" else "a projection of it"
+        embedded, advice = "a projection of it", "leave dim out, take it off with model.replace(projection=False)"
+        if network.pooling != "cls":
+            embedded, advice = "the mean of the patches", "use pooling 'cls' without dim"
         raise ConfigError(
-            f"a classification loss trains the CLS token, but this model embeds {embedded}: "
-            "use pooling 'cls' without dim, or a loss of embeddings such as triplet"
+            f"a classification loss trains the CLS token, but this model embeds {embedded}: {advice}, or use a loss "
+            "of embeddings such as triplet"
         )
     unknown = set(held_out.classes) - set(train_set.classes) if held_out else set()
     if unknown:
@@ -152,14 +153,3 @@ def fit_head(model: Embedder, classes: Sequence[str], kind: Head | None = None) 
 def accuracy_of(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the share of (B, K) logits whose largest is that of the label, a float32 scalar."""
     return (logits.argmax(dim=1) == labels).float().mean()
-
-
-@torch.inference_mode()
-def embed_and_classify(model: Embedder, pixels: Tensor) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return (B, dim) unit rows and the (B,) numbers of the likeliest classes of (B, C, H, W) uint8 pixels.
-
-    The network must have a head and be in evaluation mode.
-    """
-    embeddings, logits = model.network.forward_with_logits(pixels.to(model.device, non_blocking=True))
-    assert logits is not None
-    return embeddings.cpu().numpy(), logits.argmax(dim=1).cpu().numpy()

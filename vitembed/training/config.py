@@ -1,8 +1,9 @@
 """The settings of a training, checked when they are made."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from vitembed.errors import ConfigError, unknown_name
 from vitembed.training.augment import Augment
@@ -12,6 +13,38 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Head = Literal["linear", "mlp"]
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 HEADS = ("linear", "mlp")
+
+Rule = tuple[Callable[[Any], bool], str]  # what a number must be: a condition that NaN does not meet, and its words
+
+# What holds for every training here.
+_SHARED: dict[str, Rule] = {
+    "epochs": (lambda value: value >= 1, "at least 1"),
+    "learning_rate": (lambda value: 0 < value < math.inf, "above 0"),
+    "weight_decay": (lambda value: 0 <= value < math.inf, "0 or above"),
+    "warmup": (lambda value: 0 <= value < 1, "in [0, 1)"),
+    "clip": (lambda value: 0 < value < math.inf, "above 0"),
+    "validation_share": (lambda value: 0 < value < 1, "in (0, 1)"),
+    "workers": (lambda value: value is None or value >= 0, "0 or above, or None"),
+    "seed": (lambda value: 0 <= value < 2**63, "in [0, 2^63)"),
+}
+
+
+def check_settings(config: Any, rules: Mapping[str, Rule]) -> None:
+    """Check the settings that every training here has, and those of one of them.
+
+    Args:
+        config: has epochs, learning_rate, weight_decay, warmup, clip, validation_share, workers, seed and precision.
+        rules: for further settings, by name.
+
+    Raises:
+        ConfigError: if a value is out of range.
+    """
+    for name, (holds, words) in {**_SHARED, **rules}.items():
+        value = getattr(config, name)
+        if not holds(value):
+            raise ConfigError(f"{name} must be {words}; got {value}")
+    if config.precision not in PRECISIONS:
+        raise unknown_name("precision", config.precision, PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -67,26 +100,13 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # What each number must be: a condition that NaN does not meet either, and its words.
-        rules = {
-            "epochs": (self.epochs >= 1, "at least 1"),
-            "classes_per_batch": (self.classes_per_batch >= 2, "at least 2, else a batch has no negatives"),
-            "images_per_class": (self.images_per_class >= 2, "at least 2, else a batch has no positives"),
-            "learning_rate": (0 < self.learning_rate < math.inf, "above 0"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or above"),
-            "warmup": (0 <= self.warmup < 1, "in [0, 1)"),
-            "clip": (0 < self.clip < math.inf, "above 0"),
-            "validation_share": (0 < self.validation_share < 1, "in (0, 1)"),
-            "patch_dropout": (0 <= self.patch_dropout < 1, "in [0, 1)"),
-            "workers": (self.workers is None or self.workers >= 0, "0 or above, or None"),
-            "seed": (0 <= self.seed < 2**63, "in [0, 2^63)"),
+        rules: dict[str, Rule] = {
+            "classes_per_batch": (lambda value: value >= 2, "at least 2, else a batch has no negatives"),
+            "images_per_class": (lambda value: value >= 2, "at least 2, else a batch has no positives"),
+            "patch_dropout": (lambda value: 0 <= value < 1, "in [0, 1)"),
         }
-        for name, (holds, words) in rules.items():
-            if not holds:
-                raise ConfigError(f"{name} must be {words}; got {getattr(self, name)}")
+        check_settings(self, rules)
         if self.validation is not None and self.validation not in VALIDATIONS:
             raise unknown_name("validation", self.validation, VALIDATIONS)
-        if self.precision not in PRECISIONS:
-            raise unknown_name("precision", self.precision, PRECISIONS)
         if self.head is not None and self.head not in HEADS:
             raise unknown_name("head", self.head, HEADS)

@@ -31,20 +31,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import vitembed
 from vitembed.decoding import default_workers
 from vitembed.embedder import Embedder
-from vitembed.errors import ConfigError, DataError, TrainingError, unknown_name
+from vitembed.errors import DataError
 from vitembed.files import atomic_write
 from vitembed.images import list_images
 from vitembed.training.augment import Augment
 from vitembed.training.classification import ShuffledBatches
-from vitembed.training.config import PRECISIONS, Precision
+from vitembed.training.config import Precision, Rule, check_settings
 from vitembed.training.datasets import ImageDataset, PixelDataset
 from vitembed.training.learner import Record
 from vitembed.training.outputs import check_out, make_folder, snapshot
+from vitembed.training.provenance import origin
 from vitembed.training.puzzle import NOT_ASKED, PuzzleNet
-from vitembed.training.stepper import Stepper
+from vitembed.training.stepper import Stepper, check_finite
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class JigsawConfig:
         clip: largest norm of the gradient.
         tile: side of a tile in patches. 1, as in the paper, makes the most places; larger tiles show more of the
             picture each and make an easier puzzle.
-        mask: share of the tiles, in [0, 1), that are hidden in training.
+        mask: share of the tiles, in [0, 1), that are hidden in training; one tile stays in sight at least.
         min_contrast: a tile is asked for when its grey levels have at least this standard deviation, of values from 0
             to 255, in some channel; 0 asks for every tile.
         augment: random changes to the images before they are cut.
@@ -89,26 +89,13 @@ class JigsawConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # What each number must be: a condition that NaN does not meet either, and its words.
-        rules = {
-            "epochs": (self.epochs >= 1, "at least 1"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "learning_rate": (0 < self.learning_rate < math.inf, "above 0"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or above"),
-            "warmup": (0 <= self.warmup < 1, "in [0, 1)"),
-            "clip": (0 < self.clip < math.inf, "above 0"),
-            "tile": (self.tile >= 1, "at least 1 patch"),
-            "mask": (0 <= self.mask < 1, "in [0, 1)"),
-            "min_contrast": (0 <= self.min_contrast < 128, "in [0, 128)"),
-            "validation_share": (0 < self.validation_share < 1, "in (0, 1)"),
-            "workers": (self.workers is None or self.workers >= 0, "0 or above, or None"),
-            "seed": (0 <= self.seed < 2**63, "in [0, 2^63)"),
+        rules: dict[str, Rule] = {
+            "batch_size": (lambda value: value >= 1, "at least 1"),
+            "tile": (lambda value: value >= 1, "at least 1 patch"),
+            "mask": (lambda value: 0 <= value < 1, "in [0, 1)"),
+            "min_contrast": (lambda value: 0 <= value < 128, "in [0, 128)"),
         }
-        for name, (holds, words) in rules.items():
-            if not holds:
-                raise ConfigError(f"{name} must be {words}; got {getattr(self, name)}")
-        if self.precision not in PRECISIONS:
-            raise unknown_name("precision", self.precision, PRECISIONS)
+        check_settings(self, rules)
 
 
 @dataclass(frozen=True)
@@ -247,10 +234,10 @@ class _Solver:
                 bar.set_postfix(
                     loss=f"{loss / max(1, asked):.3f}", accuracy=f"{right / max(1, asked):.3f}", refresh=False
                 )
-                _check_finite(loss)
+                check_finite(loss)
             bar.update()
-        loss, right, asked = torch.stack(sums).sum(dim=0).tolist()
-        _check_finite(loss)
+        loss, right, asked = torch.stack(sums).cpu().double().sum(dim=0).tolist()
+        check_finite(loss)
         _check_asked(asked)
         return {"loss": loss / asked, "accuracy": right / asked}
 
@@ -266,7 +253,7 @@ class _Solver:
         asked = (places != NOT_ASKED).sum()
         self._stepper.step(loss / asked.clamp(min=1))
         right = (logits.detach().argmax(dim=-1) == places).sum()
-        return torch.stack([loss.detach().double(), right.double(), asked.double()])
+        return torch.stack([loss.detach(), right.float(), asked.float()])  # not double, which MPS lacks
 
     @torch.inference_mode()
     def judge(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
@@ -287,14 +274,6 @@ class _Solver:
         asked = int(found.sum())
         _check_asked(asked)
         return right / asked, int(found.max()) / asked
-
-
-def _check_finite(loss: float) -> None:
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"the loss became {loss}: lower the learning rate, or use precision fp32; "
-            "the model has the weights of its last epoch before this, if it ended one"
-        )
 
 
 def _check_asked(tiles: float) -> None:
@@ -318,9 +297,7 @@ def _provenance(model: Embedder, config: JigsawConfig, train_set: ImageDataset) 
     """Say where the weights come from. No class was trained: images were seen, without their labels."""
     before = model.provenance
     return {
-        "made by": f"vitembed {vitembed.__version__}, torch {torch.__version__}",
-        "date": time.strftime("%Y-%m-%d"),
-        "initialised from": model.fingerprint if before else None,
+        **origin(model),
         "task": "jigsaw",
         "pre-training images": len(train_set),
         # Folders, named as a later training names its classes: a class among them is unseen as a class, not as images.

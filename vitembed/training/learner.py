@@ -12,7 +12,7 @@ from vitembed.embedding_net import EmbeddingNet
 from vitembed.errors import TrainingError
 from vitembed.training.classification import accuracy_of
 from vitembed.training.config import TrainConfig
-from vitembed.training.stepper import Stepper
+from vitembed.training.stepper import Stepper, check_finite
 
 Record = dict[str, Any]  # the figures of one epoch, as they stand in history.json
 Loss = Callable[..., Tensor]  # loss(embeddings, labels, tuples) -> scalar, the contract of pytorch-metric-learning
@@ -75,17 +75,18 @@ class Learner:
             if number % 10 == 0:  # reading a figure waits for the device
                 shown = {name: f"{value.item():.3f}" for name, value in steps[-1].items()}
                 bar.set_postfix(shown, refresh=False)
-                self._check_finite(steps[-1]["loss"])
+                check_finite(steps[-1]["loss"].item())
             bar.update()
         self._network.eval()
-        means = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
-        self._check_finite(means["loss"])
-        return {name: value.item() for name, value in means.items()}
+        means = {name: torch.stack([step[name] for step in steps]).mean().item() for name in steps[0]}
+        check_finite(means["loss"])
+        return means
 
     def _step(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
         pixels, labels = pixels.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+        pixels = self._augment(pixels, self._random)  # outside of autocast, which would move pixels in bfloat16
         with self._stepper.autocast():
-            embeddings, logits = self._forward(self._augment(pixels, self._random))
+            embeddings, logits = self._forward(pixels)
         if logits is None:
             loss = self._loss(embeddings, labels, self._miner(embeddings, labels) if self._miner else None)
         else:
@@ -96,14 +97,6 @@ class Learner:
             figures["accuracy"] = accuracy_of(logits.detach(), labels)
         active = getattr(self._loss, "active_share", None)
         return figures if active is None else {**figures, "active": active}
-
-    @staticmethod
-    def _check_finite(loss: Tensor) -> None:
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss became {loss.item()}: lower the learning rate, or use precision fp32; "
-                "the model has the weights of its best epoch before this, if it ended one"
-            )
 
 
 @contextmanager

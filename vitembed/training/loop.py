@@ -16,19 +16,19 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-import vitembed
 from vitembed.decoding import default_workers
 from vitembed.embedder import Embedder
 from vitembed.errors import ConfigError
 from vitembed.files import atomic_write
 from vitembed.metrics import recall_at_k
 from vitembed.plots import plot_history
-from vitembed.training.classification import ShuffledBatches, check_classifiable, embed_and_classify, fit_head
+from vitembed.training.classification import ShuffledBatches, check_classifiable, fit_head
 from vitembed.training.config import TrainConfig
 from vitembed.training.datasets import ImageDataset, PixelDataset
 from vitembed.training.learner import Learner, Loss, Miner, Record, cheaper_training, needs_logits
 from vitembed.training.losses import TripletLoss
 from vitembed.training.outputs import check_out, make_folder, snapshot
+from vitembed.training.provenance import origin
 from vitembed.training.sampling import ClassBalancedSampler
 
 
@@ -178,11 +178,13 @@ def _validate(model: Embedder, held_out: PixelDataset | None, classes: Sequence[
     if not classes:
         vectors = np.concatenate([model.embed_pixels(pixels) for pixels, _ in batches])
         return {"recall@1": _recall_at_1(vectors, held_out)}
-    parts = [embed_and_classify(model, pixels) for pixels, _ in batches]
-    vectors, answers = (np.concatenate(part) for part in zip(*parts, strict=True))
+    parts = [model.embed_and_classify(pixels) for pixels, _ in batches]
+    vectors, logits = (np.concatenate(part) for part in zip(*parts, strict=True))
     # The held-out part numbers its classes by itself: one without an image there has no number.
     number = {name: position for position, name in enumerate(classes)}
-    right = answers == np.array([number[name] for name in held_out.dataset.classes])[held_out.dataset.labels]
+    right = (
+        logits.argmax(axis=1) == np.array([number[name] for name in held_out.dataset.classes])[held_out.dataset.labels]
+    )
     return {"recall@1": _recall_at_1(vectors, held_out), "validation accuracy": float(right.mean())}
 
 
@@ -204,14 +206,16 @@ def _provenance(
     train_set: ImageDataset,
     held_out: ImageDataset | None,
 ) -> dict[str, Any]:
-    """Say where the weights come from; what an earlier training of theirs has seen counts as seen."""
+    """Say where the weights come from.
+
+    The classes that earlier trainings recorded stay trained. What the makers of a foreign checkpoint trained on is not
+    known, and a pre-training saw images without their classes: neither makes a class a trained one.
+    """
     before = model.provenance
     seen = set(before.get("trained classes", ())) | set(train_set.classes)
     unseen = set(held_out.classes) - seen if held_out else set()
     return {
-        "made by": f"vitembed {vitembed.__version__}, torch {torch.__version__}",
-        "date": time.strftime("%Y-%m-%d"),
-        "initialised from": model.fingerprint if before else None,
+        **origin(model),
         "training images": len(train_set),
         "trained classes": sorted(seen),
         "held-out classes": sorted(unseen),  # what an honest figure or threshold may be measured on

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vitembed.embedding_net import EmbeddingNet
 from vitembed.errors import ConfigError
+from vitembed.vit import ViT
 
 NOT_ASKED = -100  # the target of a tile whose place is not asked for; what cross_entropy ignores
 
@@ -30,6 +31,11 @@ class PuzzleNet(nn.Module):
 
     def __init__(self, network: EmbeddingNet, tile: int) -> None:
         super().__init__()
+        if not isinstance(network.backbone, ViT):
+            raise ConfigError(
+                "a jigsaw needs a ViT of vitembed, such as S/16: a backbone of others, here "
+                f"{type(network.backbone.module).__name__}, has no patches to put together"
+            )
         vit = network.vit.config
         rows, columns = vit.grid
         if rows % tile or columns % tile or rows * columns == tile**2:
@@ -63,7 +69,7 @@ class PuzzleNet(nn.Module):
 
         Args:
             pixels: (B, C, H, W) in [0, 255].
-            mask: share of the tiles to hide.
+            mask: share of the tiles to hide, in [0, 1); one tile stays at least.
             min_contrast: see `JigsawConfig`.
             generator: source of randomness, on the processor.
 
@@ -75,7 +81,7 @@ class PuzzleNet(nn.Module):
         tiles = cut(self.network.normalise(pixels), self.side)  # (B, N, C, s, s)
         # Two random permutations of the tiles of each image: their order, and a draw of those to hide, exactly so many.
         order, draw = torch.rand(2, *contrast.shape, generator=generator).argsort(dim=-1).to(pixels.device)
-        hidden = draw < round(mask * order.shape[1])
+        hidden = draw < min(round(mask * order.shape[1]), order.shape[1] - 1)
         tiles = tiles.gather(1, order[:, :, None, None, None].expand_as(tiles))
         tiles = tiles.masked_fill(hidden[:, :, None, None, None], 0.0)  # the mean, as pixels are normalised
         places = order.masked_fill(hidden | (contrast.gather(1, order) < min_contrast), NOT_ASKED)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from vitembed.errors import ConfigError
+from vitembed.errors import ConfigError, TrainingError
 
 
 class Stepper:
@@ -23,7 +23,7 @@ class Stepper:
         learning_rate: the highest.
         weight_decay: on matrices only; norms, biases, positions and single tokens are left alone.
         warmup: share of the steps in which the rate rises from 0; then it falls to 0.
-        clip: largest norm of the gradient.
+        clip: largest norm of the gradient, of all that is trained together.
         precision: "fp32", "bf16", "fp16" or "auto".
         steps: how many there will be.
 
@@ -49,8 +49,10 @@ class Stepper:
         self._accelerator = Accelerator(mixed_precision=_mixed_precision(precision, device), cpu=device.type == "cpu")
         if self._accelerator.num_processes > 1:
             raise ConfigError("training runs in one process; start it without `accelerate launch`")
-        self._network, self._clip = network, clip
-        optimizer = torch.optim.AdamW(_parameter_groups(network, loss, device, weight_decay), lr=learning_rate)
+        groups = _parameter_groups(network, loss, device, weight_decay)
+        self._parameters = [parameter for group in groups for parameter in group["params"]]
+        self._clip = clip
+        optimizer = torch.optim.AdamW(groups, lr=learning_rate)
         rising = int(warmup * steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, rising, steps))
         # The network itself is not prepared: accelerate would wrap its `forward` in mixed precision for good, and the
@@ -69,10 +71,23 @@ class Stepper:
     def step(self, loss: Tensor) -> None:
         """Take one step down the gradient of a scalar."""
         self._accelerator.backward(loss)
-        self._accelerator.clip_grad_norm_(self._network.parameters(), self._clip)
+        self._accelerator.clip_grad_norm_(self._parameters, self._clip)
         self._optimizer.step()
         self._schedule.step()
         self._optimizer.zero_grad()
+
+
+def check_finite(loss: float) -> None:
+    """Stop a training that has gone astray.
+
+    Raises:
+        TrainingError: if the loss is NaN or infinite.
+    """
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss became {loss}: lower the learning rate, or use precision fp32; "
+            "the model has the weights that were kept of an epoch before this, if it ended one"
+        )
 
 
 def _parameter_groups(

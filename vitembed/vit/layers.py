@@ -81,7 +81,9 @@ class Attention(nn.Module):
     def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """Return queries, keys and values, (B, h, T, d) each, of (B, T, parts x W)."""
         batch, count, _ = x.shape
-        x = x.view(batch, count, parts, self.heads, -1)  # (B, T, parts * W) -> (B, T, parts, h, d)
+        x = x.view(
+            batch, count, parts, self.heads, x.shape[2] // (parts * self.heads)
+        )  # (B, T, parts * W) -> (B, T, parts, h, d)
         return x.permute(2, 0, 3, 1, 4).unbind(0)  # parts x (B, h, T, d)
 
     def _join(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:

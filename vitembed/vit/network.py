@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from vitembed import weights
 from vitembed.architecture import ViTConfig
 from vitembed.errors import ConfigError, VectorError
-from vitembed.vit.kernels import images_at_once, lay_out
+from vitembed.vit.kernels import images_at_once
 from vitembed.vit.layers import Block, PatchEmbed
 from vitembed.vit.tokens import Merged, drop_patches, resample_positions
 
@@ -30,7 +30,8 @@ class ViTOutput:
 
     Attributes:
         cls: (B, W), the CLS token after the final norm.
-        patches: (B, N, W), the patch tokens after the final norm, row by row; None unless asked for.
+        patches: (B, N, W), the patch tokens after the final norm, row by row; None unless asked for. In training with
+            `ViT.patch_dropout` only those that were kept.
         attentions: one (B, heads, T, T) tensor a block, rows summing to one; None unless asked for.
         logits: (B, num_classes); None without a classification head.
     """
@@ -93,17 +94,20 @@ class ViT(nn.Module):
         return cls(ViTConfig.named(name, image_size=image_size, channels=channels, stem=stem, num_classes=num_classes))
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], *, heads: int | None = None) -> "ViT":
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], *, heads: int | None = None, image_size: tuple[int, int] | None = None
+    ) -> "ViT":
         """Load a ViT of torchvision, timm, transformers, the original DINO, DINOv2 or CLIP, or our own; for inference.
 
         Args:
             name: see `vitembed.weights.load_checkpoint`: a folder, a file, "torchvision:vit_b_16", a hub id.
             heads: attention heads, which no shape of a bare state dict tells; None for heads of width 64.
+            image_size: (height, width) that the positions of a bare state dict are for, where they are no square.
 
         Raises:
             CheckpointError: if there is nothing, nothing whole, or no ViT under that name.
         """
-        checkpoint = weights.load_checkpoint(name, heads=heads)
+        checkpoint = weights.load_checkpoint(name, heads=heads, image_size=image_size)
         vit = cls.empty(checkpoint.config)
         weights.load_state(vit, checkpoint.state, checkpoint.source)
         return vit.eval()
@@ -111,7 +115,8 @@ class ViT(nn.Module):
     @classmethod
     def empty(cls, config: ViTConfig) -> "ViT":
         """Return a network whose weights are about to be loaded; the global random state is left as it was."""
-        with torch.random.fork_rng(devices=[]):
+        # Weights made in inference mode could never be trained.
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             return cls(config)
 
     def resized(self, image_size: int | tuple[int, int]) -> "ViT":
@@ -124,12 +129,13 @@ class ViT(nn.Module):
         """
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         config = dataclasses.replace(self.config, image_size=size)
-        vit = copy.deepcopy(self)
-        vit.config = config
-        positions = resample_positions(
-            vit.pos_embed.detach(), self.config.grid, config.grid, prefix=config.prefix_positions
-        )
-        vit.pos_embed = nn.Parameter(positions, requires_grad=self.pos_embed.requires_grad)
+        with torch.inference_mode(False):
+            vit = copy.deepcopy(self)
+            vit.config = config
+            positions = resample_positions(
+                vit.pos_embed.detach(), self.config.grid, config.grid, prefix=config.prefix_positions
+            )
+            vit.pos_embed = nn.Parameter(positions, requires_grad=self.pos_embed.requires_grad)
         return vit
 
     def forward(
@@ -156,12 +162,6 @@ class ViT(nn.Module):
             if at_once is not None and len(images) > at_once:
                 return _joined([self._run(part, patches, False, positions) for part in torch.split(images, at_once)])
         return self._run(images, patches, attentions, positions)
-
-    def train(self, mode: bool = True) -> "ViT":
-        """Switch between training and evaluation; the weights are laid out in memory as each works fastest."""
-        super().train(mode)
-        lay_out(self, for_inference=not mode)
-        return self
 
     def _run(self, images: Tensor, patches: bool, attentions: bool, positions: bool) -> ViTOutput:
         x = self._embed(images, positions)  # (B, T, W)
@@ -247,7 +247,7 @@ class ViT(nn.Module):
         logits: Tensor = self.head(cls)
         if self.head_dist is None:
             return logits
-        mean: Tensor = (logits + self.head_dist(x[:, 1])) / 2  # DeiT, section 4
+        mean: Tensor = (logits + self.head_dist(x[:, 1])) / 2  # as DeiT's code and timm do
         return mean
 
     def _init_weights(self) -> None:

@@ -3,17 +3,25 @@
 from vitembed.weights.checkpoint import Checkpoint
 from vitembed.weights.export import timm_arguments, timm_state
 from vitembed.weights.load import load_checkpoint
-from vitembed.weights.sources import resolve
-from vitembed.weights.store import fingerprint, is_ours, load_state, load_weights, save_weights
+from vitembed.weights.store import (
+    fingerprint,
+    is_ours,
+    is_saved_model,
+    load_state,
+    load_weights,
+    read_saved_model,
+    save_weights,
+)
 
 __all__ = [
     "Checkpoint",
     "fingerprint",
     "is_ours",
+    "is_saved_model",
     "load_checkpoint",
     "load_state",
     "load_weights",
-    "resolve",
+    "read_saved_model",
     "save_weights",
     "timm_arguments",
     "timm_state",

@@ -65,15 +65,17 @@ def describe_folder(folder: Path) -> Described:
     """
     if (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
-        if "architecture" in config:
-            return describe_timm(config, folder)
-        if "model_type" in config:
-            return describe_transformers(config, folder)
+        with processing.refusing_nonsense(str(folder / "config.json")):
+            if "architecture" in config:
+                return describe_timm(config, folder)
+            if "model_type" in config:
+                return describe_transformers(config, folder)
         raise CheckpointError(
             f"{folder / 'config.json'} is neither transformers' (it has no model_type) nor timm's (no architecture)"
         )
     if (folder / "open_clip_config.json").is_file():
-        return describe_open_clip(read_json(folder / "open_clip_config.json"), folder)
+        with processing.refusing_nonsense(str(folder / "open_clip_config.json")):
+            return describe_open_clip(read_json(folder / "open_clip_config.json"), folder)
     file = next((name for name in tensors.FILES if (folder / name).is_file()), None)
     if file is not None:
         raise CheckpointError(

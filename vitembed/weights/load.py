@@ -12,9 +12,18 @@ from vitembed.preprocess import Preprocess
 from vitembed.weights.checkpoint import Checkpoint, Described
 from vitembed.weights.configs import describe_folder
 from vitembed.weights.names import to_timm
+from vitembed.weights.processing import refusing_nonsense
 from vitembed.weights.shapes import to_ours
 from vitembed.weights.sources import Source, describe_torchvision, resolve, torchvision_state
-from vitembed.weights.store import is_ours, load_weights
+from vitembed.weights.store import (
+    BACKBONE,
+    PROJECTION,
+    fingerprint,
+    is_ours,
+    is_saved_model,
+    read_saved_model,
+    split_projection,
+)
 from vitembed.weights.tensors import read_tensors, weights_in
 
 
@@ -24,10 +33,12 @@ def load_checkpoint(
     """Read a ViT's weights, whoever made them, with all that must travel along.
 
     Families: torchvision's ViT; timm's ViT, AugReg, DeiT (distilled or not), DeiT III, DINO, DINOv2, CLIP; the original
-    files of DINO, DINOv2, DeiT and CLIP; transformers' ViT, DeiT, DINOv2 with and without registers, CLIP; our own.
+    files of DINO, DINOv2 and DeiT; a CLIP state dict with OpenAI's names (the files that OpenAI publishes are programs,
+    which are not run); transformers' ViT, DeiT, DINOv2 with and without registers, CLIP; our own.
 
     Args:
-        name: a folder, a file, "torchvision:vit_b_16", "timm:NAME.TAG", a hub id; see `vitembed.weights.resolve`.
+        name: a folder, a file, "torchvision:vit_b_16", "timm:NAME.TAG", a hub id; see
+            `vitembed.weights.sources.resolve`.
         heads: attention heads, for weights whose configuration does not say it; None goes by the width, see
             `vitembed.weights.shapes.heads_of`.
         image_size: side or (height, width) that the position embeddings are for, likewise; None takes them as those of
@@ -39,8 +50,10 @@ def load_checkpoint(
         ConfigError: if `heads` or `image_size` is out of range, or contradicts the checkpoint's own configuration.
     """
     source = resolve(name)
-    if source.path is not None and _own_file(source.path).is_file() and is_ours(_own_file(source.path)):
-        return _own(source, _own_file(source.path))
+    if source.path is not None and (is_saved_model if source.path.is_dir() else is_ours)(source.path):
+        own = _own(source, source.path)
+        _with_arguments(Described(own.config.heads, own.config.image_size), heads, image_size, source.name)
+        return own
     described, state, notes = _read(source)
     described = _with_arguments(described, heads, image_size, source.name)
     named = to_timm(state, source.name)
@@ -85,13 +98,17 @@ def _with_arguments(
 ) -> Described:
     """Add what the caller knows of a checkpoint that does not say it itself."""
     if heads is not None:
-        if not isinstance(heads, int) or heads < 1:
+        if type(heads) is not int or heads < 1:
             raise ConfigError(f"heads must be a whole number of at least 1; got {heads!r}")
         if described.heads not in (None, heads):
             raise ConfigError(f"{source} says that it has {described.heads} heads; got heads={heads}")
         described = dataclasses.replace(described, heads=heads)
     if image_size is not None:
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if not isinstance(size, tuple) or len(size) != 2 or any(type(side) is not int or side < 1 for side in size):
+            raise ConfigError(
+                f"image_size must be a whole number above 0, or (height, width) of such; got {image_size!r}"
+            )
         if described.image_size not in (None, size):
             raise ConfigError(
                 f"{source} says that its positions are for {described.image_size} pixels; got image_size={size}. "
@@ -110,25 +127,32 @@ def _default_preprocess(config: ViTConfig, notes: list[str]) -> Preprocess | Non
     return Preprocess(config.image_size)
 
 
-def _own_file(path: Path) -> Path:
-    return path / "model.safetensors" if path.is_dir() else path
-
-
-def _own(source: Source, file: Path) -> Checkpoint:
-    """Read what `save_pretrained` wrote."""
-    state, header = load_weights(file)
+def _own(source: Source, path: Path) -> Checkpoint:
+    """Read what `save_pretrained` wrote, as strictly as `vitembed.saved_model.load` does."""
+    state, header = read_saved_model(path)
+    if header["vit"] is None:
+        raise CheckpointError(f"{path} holds another network than a ViT of ours; load it with Embedder")
     try:
-        if header["vit"] is None:
-            raise CheckpointError(f"{file} holds another network than a ViT of ours; load it with Embedder")
-        config = ViTConfig.from_dict(header["vit"])
-        preprocess = Preprocess.from_dict(header["preprocess"])
-        pooling, dim = header["pooling"], header["dim"]
-    except KeyError as error:
-        raise CheckpointError(f"{file} is damaged: its description lacks {error}") from error
+        with refusing_nonsense(str(path)):
+            config = ViTConfig.from_dict(header["vit"])
+            preprocess = Preprocess.from_dict(header["preprocess"])
     except ConfigError as error:
-        raise CheckpointError(f"{file} describes no model that this version knows: {error}") from error
-    projection = state.pop("projection.weight", None)
-    if dim is not None and projection is None and not config.num_classes and "head.weight" in state:
-        projection = state.pop("head.weight")  # timm keeps a projection as a head whose bias is zero
-        state.pop("head.bias", None)
+        raise CheckpointError(f"{path} describes no model that this version knows: {error}") from error
+    pooling, dim = header["pooling"], header["dim"]
+    if pooling not in ("cls", "mean"):
+        raise CheckpointError(f"{path} is damaged: its pooling must be 'cls' or 'mean'; got {pooling!r}")
+    if dim is not None and (type(dim) is not int or dim < 1):
+        raise CheckpointError(f"{path} is damaged: its dim must be null or a whole number above 0; got {dim!r}")
+    # A stem counts its batches in whole numbers.
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    state, projection = split_projection(state, projects=dim is not None, has_head=config.num_classes > 0)
+    if dim is not None and (projection is None or tuple(projection.shape) != (dim, config.width)):
+        got = "none" if projection is None else tuple(projection.shape)
+        raise CheckpointError(f"{path} is damaged: expected a projection {(dim, config.width)}; got {got}")
+    # The names and values that `vitembed.saved_model.fingerprint` takes of the network.
+    named = {BACKBONE + name: tensor for name, tensor in state.items()}
+    named |= {} if projection is None else {PROJECTION: projection}
+    described = {"vit": config.to_dict(), "backbone": None, "pooling": pooling, "dim": dim}
+    if fingerprint(named, {**described, "preprocess": preprocess.to_dict()}) != header["fingerprint"]:
+        raise CheckpointError(f"{path} is damaged: its weights do not have the fingerprint recorded with them")
     return Checkpoint(config, state, projection, preprocess, pooling, source.name, family="vitembed", notes=())

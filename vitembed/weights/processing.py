@@ -4,11 +4,11 @@ Wrong pre-processing is the commonest silent fault of feature extraction: what c
 a note, which stays with the model.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from vitembed.errors import CheckpointError, ConfigError
+from vitembed.errors import CheckpointError, ConfigError, VitembedError
 from vitembed.preprocess import Preprocess
 
 Size = tuple[int, int]
@@ -35,18 +35,21 @@ _PROCESSORS = {"ViT": _VIT, "DeiT": _DEIT, "CLIP": _CLIP, "Bit": _CLIP}
 _SUFFIXES = ("Fast", "Pil", "FeatureExtractor", "ImageProcessor")
 
 
-def crop_share(side: int, resized: int) -> float:
-    """Return the share of a resized side that a crop keeps, such that `floor(side / share)` gives that side again.
+@contextlib.contextmanager
+def refusing_nonsense(source: str) -> Iterator[None]:
+    """Turn what Python says of a value of another kind than expected into one error that names the file.
 
-    >>> crop_share(224, 256)
-    0.875
-    >>> int(232 * 1.0), int(224 / crop_share(224, 232))
-    (232, 232)
+    Raises:
+        CheckpointError: for the errors of values; those of ours pass.
     """
-    share = side / resized
-    while math.floor(side / share) < resized:
-        share = math.nextafter(share, 0.0)
-    return share
+    try:
+        yield
+    except VitembedError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(f"{source} is damaged or of a kind that is not known: it lacks {error}") from error
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{source} is damaged: a value in it makes no sense ({error})") from error
 
 
 def from_torchvision(transforms: Any) -> Preprocess:
@@ -57,7 +60,7 @@ def from_torchvision(transforms: Any) -> Preprocess:
         interpolation=transforms.interpolation.value,
         mean=tuple(transforms.mean),
         std=tuple(transforms.std),
-        crop_share=crop_share(min(size), transforms.resize_size[0]),
+        crop_share=min(size) / transforms.resize_size[0],
     )
 
 
@@ -70,30 +73,31 @@ def from_timm(settings: Mapping[str, Any], source: str) -> tuple[Preprocess | No
     Raises:
         CheckpointError: if a value is unknown.
     """
-    channels, height, width = settings.get("input_size", (3, 224, 224))
-    if channels not in (1, 3):
-        return None, [f"no pre-processing: images of {channels} channels are neither RGB nor grey"]
-    mode = settings.get("crop_mode") or "center"
-    share = float(settings.get("crop_pct") or 0.875)  # timm's default
-    notes = []
-    if mode == "border":
-        notes.append("timm pads with the mean colour in crop mode 'border'; here it is grey")
-        share = 1.0
-    if mode not in _TIMM_MODES:
-        raise CheckpointError(f"{source} has the crop mode {mode!r}; known: {', '.join(_TIMM_MODES)}")
-    resize = _TIMM_MODES[mode]
-    mean, std = (_channels(settings.get(key, default), channels) for key, default in _TIMM_DEFAULTS)
-    return _checked(
-        source,
-        size=(height, width),
-        mode="RGB" if channels == 3 else "L",
-        resize=resize,
-        interpolation=settings.get("interpolation") or "bicubic",
-        mean=mean,
-        std=std,
-        fill=round(255 * sum(mean) / len(mean)) if resize == "pad" else 255,
-        crop_share=min(share, 1.0),
-    ), notes
+    with refusing_nonsense(source):
+        channels, height, width = settings.get("input_size", (3, 224, 224))
+        if channels not in (1, 3):
+            return None, [f"no pre-processing: images of {channels} channels are neither RGB nor grey"]
+        mode = settings.get("crop_mode") or "center"
+        share = float(settings.get("crop_pct") or 0.875)  # timm's default
+        notes = []
+        if mode == "border":
+            notes.append("timm pads with the mean colour in crop mode 'border'; here it is grey")
+            share = 1.0
+        if mode not in _TIMM_MODES:
+            raise CheckpointError(f"{source} has the crop mode {mode!r}; known: {', '.join(_TIMM_MODES)}")
+        resize = _TIMM_MODES[mode]
+        mean, std = (_channels(settings.get(key, default), channels) for key, default in _TIMM_DEFAULTS)
+        return _checked(
+            source,
+            size=(height, width),
+            mode="RGB" if channels == 3 else "L",
+            resize=resize,
+            interpolation=settings.get("interpolation") or "bicubic",
+            mean=mean,
+            std=std,
+            fill=round(255 * sum(mean) / len(mean)) if resize == "pad" else 255,
+            crop_share=min(share, 1.0),
+        ), notes
 
 
 _TIMM_MODES: dict[str, Literal["crop", "pad", "squash"]] = {"center": "crop", "squash": "squash", "border": "pad"}
@@ -106,20 +110,21 @@ def from_open_clip(settings: Mapping[str, Any], size: Size, source: str) -> tupl
     Raises:
         CheckpointError: if a value is unknown.
     """
-    mode = settings.get("resize_mode") or "shortest"
-    if mode not in ("shortest", "squash", "longest"):
-        raise CheckpointError(f"{source} has the resize mode {mode!r}; known: shortest, squash, longest")
-    mean = tuple(settings.get("mean") or _CLIP_MEAN)
-    fill = settings.get("fill_color", 0)
-    return _checked(
-        source,
-        size=image_size(settings.get("size") or size, source),
-        resize={"shortest": "crop", "squash": "squash", "longest": "pad"}[mode],
-        interpolation=settings.get("interpolation") or "bicubic",
-        mean=mean,
-        std=tuple(settings.get("std") or _CLIP_STD),
-        fill=fill if isinstance(fill, int) else 0,
-    ), []
+    with refusing_nonsense(source):
+        mode = settings.get("resize_mode") or "shortest"
+        if mode not in ("shortest", "squash", "longest"):
+            raise CheckpointError(f"{source} has the resize mode {mode!r}; known: shortest, squash, longest")
+        mean = tuple(settings.get("mean") or _CLIP_MEAN)
+        fill = settings.get("fill_color", 0)
+        return _checked(
+            source,
+            size=image_size(settings.get("size") or size, source),
+            resize={"shortest": "crop", "squash": "squash", "longest": "pad"}[mode],
+            interpolation=settings.get("interpolation") or "bicubic",
+            mean=mean,
+            std=tuple(settings.get("std") or _CLIP_STD),
+            fill=fill if isinstance(fill, int) else 0,
+        ), []
 
 
 def from_transformers(settings: Mapping[str, Any], model_type: str, source: str) -> tuple[Preprocess, list[str]]:
@@ -136,31 +141,32 @@ def from_transformers(settings: Mapping[str, Any], model_type: str, source: str)
     Raises:
         CheckpointError: if a value is unknown.
     """
-    kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "")
-    for suffix in _SUFFIXES:
-        kind = kind.removesuffix(suffix)
-    if not kind:
-        kind = {"vit": "ViT", "deit": "DeiT", "clip": "CLIP", "clip_vision_model": "CLIP"}.get(model_type, "Bit")
-    if kind not in _PROCESSORS and not isinstance(settings.get("size"), Mapping):
-        raise CheckpointError(
-            f"{source} is of an image processor that is not known: {kind}; known: ViT, DeiT, CLIP, Bit"
-        )
-    values = {**_PROCESSORS.get(kind, {}), **{key: value for key, value in settings.items() if value is not None}}
-    resize, size, share, notes = _geometry(values, kind, source)
-    mean, std = _normalisation(values)
-    resample = values.get("resample", 2)
-    if resample not in _RESAMPLING:
-        raise CheckpointError(f"{source} has the resampling filter {resample!r}; known: 0 to 5, as in Pillow")
-    return _checked(
-        source,
-        size=size,
-        resize=resize,
-        interpolation=_RESAMPLING[resample],
-        mean=mean,
-        std=std,
-        crop_share=share,
-        crop_offset="down",
-    ), notes
+    with refusing_nonsense(source):
+        kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "")
+        for suffix in _SUFFIXES:
+            kind = kind.removesuffix(suffix)
+        if not kind:
+            kind = {"vit": "ViT", "deit": "DeiT", "clip": "CLIP", "clip_vision_model": "CLIP"}.get(model_type, "Bit")
+        if kind not in _PROCESSORS and not isinstance(settings.get("size"), Mapping):
+            raise CheckpointError(
+                f"{source} is of an image processor that is not known: {kind}; known: ViT, DeiT, CLIP, Bit"
+            )
+        values = {**_PROCESSORS.get(kind, {}), **{key: value for key, value in settings.items() if value is not None}}
+        resize, size, share, notes = _geometry(values, kind, source)
+        mean, std = _normalisation(values)
+        resample = values.get("resample", 2)
+        if resample not in _RESAMPLING:
+            raise CheckpointError(f"{source} has the resampling filter {resample!r}; known: 0 to 5, as in Pillow")
+        return _checked(
+            source,
+            size=size,
+            resize=resize,
+            interpolation=_RESAMPLING[resample],
+            mean=mean,
+            std=std,
+            crop_share=share,
+            crop_offset="down",
+        ), notes
 
 
 def _geometry(
@@ -180,11 +186,11 @@ def _geometry(
         notes = [] if crop else ["its own pre-processing keeps the long side; here the middle is cut out"]
         if min(target) > short:
             return "crop", target, 1.0, ["its own pre-processing pads after resizing; here images are resized to size"]
-        return "crop", target, crop_share(min(target), short), notes
+        return "crop", target, min(target) / short, notes
     whole = image_size(size, source)
     if crop is None or crop == whole:
         return "squash", whole, 1.0, []
-    shares = {crop_share(part, side) for part, side in zip(crop, whole, strict=True) if part <= side}
+    shares = {part / side for part, side in zip(crop, whole, strict=True) if part <= side}
     if len(shares) != 1:
         raise CheckpointError(f"{source} crops {crop} of {whole}; expected the same share of height and width")
     return "squash", crop, shares.pop(), []

@@ -43,7 +43,7 @@ def heads_of(width: int, source: str) -> int:
     if width % HEAD_WIDTH:
         raise CheckpointError(
             f"{source} does not say how many attention heads it has, and its width {width} is no multiple of "
-            f"{HEAD_WIDTH}; pass heads="
+            f"{HEAD_WIDTH}; say how many: Embedder.from_pretrained(..., heads=...)"
         )
     return width // HEAD_WIDTH
 
@@ -77,6 +77,11 @@ def to_ours(named: Named, described: Described, source: str) -> tuple[ViTConfig,
     if described.heads is None:
         notes.append(
             f"the weights do not say how many heads they have: {heads_of(width, source)} for a width of {width}"
+        )
+    if "dist_token" in state:
+        notes.append(
+            "the network is distilled: an embedding is made of CLS alone, a feature of timm (num_classes=0) is the "
+            "mean of CLS and the distillation token"
         )
     if named.family.mlp == "quick_gelu" and described.mlp is None:
         notes.append("the weights do not name their activation: quick_gelu, as OpenAI's CLIP has it, was assumed")
@@ -199,7 +204,7 @@ def _grid(state: Mapping[str, Tensor], patch: int, size: tuple[int, int] | None,
         reason = "fit no square image" if not fits else "can be read as those of several image sizes"
         raise CheckpointError(
             f"the {positions} position embeddings of {source} {reason} in patches of {patch} pixels; "
-            "pass image_size=(height, width)"
+            "say which: Embedder.from_pretrained(..., image_size=(height, width))"
         )
     side = math.isqrt(positions - fits[0])
     return (side, side), fits[0]

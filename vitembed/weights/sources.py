@@ -4,8 +4,10 @@ Nothing is guessed twice: a path that exists is that path; "torchvision:", "timm
 other "owner/name" is a model of the hub, through its cache, also without a network (HF_HUB_OFFLINE=1).
 """
 
+import contextlib
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +19,12 @@ from torch import Tensor
 from vitembed.errors import CheckpointError, MissingExtraError, unknown_name
 from vitembed.weights import configs, processing
 from vitembed.weights.checkpoint import Described
-from vitembed.weights.tensors import SUFFIXES
+from vitembed.weights.tensors import FILE_GROUPS, SUFFIXES
 
 TORCHVISION_HEADS = {"vit_b_16": 12, "vit_b_32": 12, "vit_l_16": 16, "vit_l_32": 16, "vit_h_14": 16}
 
 _TORCHVISION, _TIMM, _HUB = "torchvision:", "timm:", "hf-hub:"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
-
-# Which files of a hub model are weights, best first; a group is fetched only if those before it brought nothing.
-_WEIGHTS = (
-    ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"],
-    ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"],
-    ["open_clip_model.safetensors"],
-    ["open_clip_pytorch_model.bin"],
-)
 
 
 @dataclass(frozen=True)
@@ -83,9 +77,10 @@ def torchvision_state(source: Source) -> Mapping[str, Tensor]:
         CheckpointError: if they are not in the cache and cannot be fetched.
     """
     try:
-        state: Mapping[str, Tensor] = source.weights.get_state_dict(
-            progress=False, check_hash=True, map_location="cpu", weights_only=True
-        )
+        with contextlib.redirect_stdout(sys.stderr):  # torch.hub says there what it fetches, and ours is for results
+            state: Mapping[str, Tensor] = source.weights.get_state_dict(
+                progress=False, check_hash=True, map_location="cpu", weights_only=True
+            )
     except (URLError, OSError, RuntimeError) as error:  # the last for a hash that does not fit
         url = source.weights.url
         raise CheckpointError(
@@ -148,9 +143,10 @@ def _hub(identifier: str, name: str) -> Source:
     repository, _, revision = identifier.partition("@")
     folder = _fetch(repository, revision, list(configs.FILES), name)
     configs.describe_folder(folder)
-    for patterns in _WEIGHTS:
-        folder = _fetch(repository, revision, patterns, name)
-        if any((folder / pattern).is_file() for pattern in patterns[:2]):
+    for group in FILE_GROUPS:  # fetched only if those before it brought nothing
+        shards = [f"{Path(file).stem}-*{Path(file).suffix}" for file in group[:1]]  # which an index names
+        folder = _fetch(repository, revision, [*group, *shards], name)
+        if any((folder / file).is_file() for file in group):
             return Source(name, folder, revision=folder.name)
     raise CheckpointError(f"the hub's {repository} holds no weights that are known; expected model.safetensors")
 

@@ -7,6 +7,7 @@ in the file's own header, so that weights and description cannot drift apart.
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ from torch import Tensor, nn
 
 from vitembed.errors import CheckpointError
 from vitembed.files import atomic_path
+
+FORMAT = 2  # of the folder of a saved embedder; a reader refuses any other
+WEIGHTS = "model.safetensors"
+DESCRIBED = ("vit", "backbone", "pooling", "dim", "preprocess")  # what a fingerprint covers beside the weights
+PROJECTION, BACKBONE = "projection.weight", "backbone."  # what a fingerprint calls them
 
 _HEADER_KEY = "vitembed"  # safetensors headers map text to text: ours is one JSON document under this key
 
@@ -44,6 +50,9 @@ def save_weights(path: Path, state: Mapping[str, Tensor], description: Mapping[s
         VitembedError: if the folder cannot be written or the disk is full; an older file is then unchanged.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    places = Counter(tensor.data_ptr() for tensor in tensors.values())
+    # The format knows no tied weights: each name gets a copy of its own.
+    tensors = {n: tensor.clone() if places[tensor.data_ptr()] > 1 else tensor for n, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={_HEADER_KEY: json.dumps(description, sort_keys=True)})
@@ -91,6 +100,89 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(description, dict):
         raise CheckpointError(f"{path} is damaged: its description is no JSON object")
     return state, description
+
+
+def is_saved_model(folder: Path) -> bool:
+    """Tell whether a folder holds an embedder of ours, whole or damaged: its weights or its config.json say so."""
+    if is_ours(folder / WEIGHTS):
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and {"fingerprint", *DESCRIBED} <= config.keys()
+
+
+def read_saved_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and the description of a saved embedder, whose values are still to be judged.
+
+    Args:
+        path: the folder, or its file of weights, which is complete by itself.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, of another format, lacks a key, or if the folder's config.json
+            was edited.
+    """
+    file = path / WEIGHTS if path.is_dir() else path
+    state, header = load_weights(file)
+    if header.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{file} has format {header.get('format')!r}; this vitembed reads {FORMAT}: "
+            "load it with the vitembed that wrote it, or train it again"
+        )
+    missing = {*DESCRIBED, "provenance", "fingerprint"} - header.keys()
+    if missing:
+        raise CheckpointError(f"{file} is damaged: its description lacks {', '.join(sorted(missing))}")
+    if path.is_dir():
+        _check_readable_copy(path / "config.json", header)
+    return state, header
+
+
+def split_projection(
+    state: Mapping[str, Tensor], *, projects: bool, has_head: bool
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Part the tensors of a saved ViT from the projection after it.
+
+    The file has the projection as a head whose bias is zero, as timm has it for CLIP, unless the ViT has a head.
+
+    Args:
+        state: tensors by the names of the file.
+        projects: whether the description says that there is a projection.
+        has_head: whether the ViT has a classification head of its own.
+
+    Returns:
+        The tensors of the ViT, and the (D, W) projection; None where the file has none.
+    """
+    rest = dict(state)
+    if not projects:
+        return rest, None
+    if not has_head and {"head.weight", "head.bias"} <= rest.keys():
+        del rest["head.bias"]
+        return rest, rest.pop("head.weight")
+    return rest, rest.pop(PROJECTION, None)
+
+
+def _check_readable_copy(path: Path, header: Mapping[str, Any]) -> None:
+    """Refuse a config.json that somebody edited: the change would have no effect, which must not pass unsaid.
+
+    A copy with another fingerprint is that of an earlier model: saving was interrupted between the two files.
+    """
+    if not path.is_file():
+        return
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); delete it: the weights' file carries a copy") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is damaged (no JSON object); delete it: the weights' file carries a copy")
+    if config.get("fingerprint") != header["fingerprint"]:
+        return
+    for key in DESCRIBED:
+        if config.get(key) != header[key]:
+            raise CheckpointError(
+                f"{path} and {WEIGHTS} describe different models ({key!r} differs); "
+                "delete config.json to load the model as it was saved"
+            )
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:

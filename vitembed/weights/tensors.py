@@ -22,15 +22,14 @@ from vitembed.errors import CheckpointError
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 SUFFIXES = (".safetensors", *PICKLES)
 
-# What a folder's weights are called, best first: transformers and timm, then OpenCLIP.
-FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.bin",
+# What a folder's weights are called, best first: transformers and timm, whole or an index of several, then OpenCLIP.
+FILE_GROUPS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ("open_clip_model.safetensors",),
+    ("open_clip_pytorch_model.bin",),
 )
+FILES = tuple(name for group in FILE_GROUPS for name in group)
 
 # Where training scripts put the weights, best first: the averaged ones are those that their authors evaluate.
 WRAPPERS = ("teacher", "model_ema", "state_dict_ema", "ema", "state_dict", "model", "module", "student")
@@ -143,7 +142,8 @@ def _unpickle(path: Path) -> object:
     except RuntimeError as error:
         if "TorchScript" in str(error):
             raise CheckpointError(
-                f"{path} is a TorchScript program, which is not run; save its state_dict() as safetensors"
+                f"{path} is a TorchScript archive, a program, which is not run; if it is CLIP as OpenAI publishes it, "
+                "load it with the package clip and save model.state_dict()"
             ) from error
         raise CheckpointError(f"{path} is damaged or no file of torch ({_line(error)}); download it again") from error
     except Exception as error:  # damage of a pickle shows as nearly every kind of exception

@@ -1,0 +1,123 @@
+"""The benchmarks run and print what they promise, at the smallest sizes; they measure nothing here."""
+
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import parity
+from vitembed.architecture import ViTConfig
+from vitembed.embedder import Embedder
+from vitembed.preprocess import Preprocess
+from vitembed.vit import ViT
+
+FOLDER = Path(parity.__file__).parent
+IN_PYTORCH = ["vitembed", "timm", "torchvision", "transformers"]
+
+Script = Callable[..., list[list[str]]]
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_afterwards() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _beside_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)  # where a script finds timing.py
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
+    """Run a benchmark as its command line does, and return the words of each line that it prints."""
+
+    def run(name: str, *arguments: object) -> list[list[str]]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(str(FOLDER / name), run_name="__main__")
+        return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+def measured(lines: list[list[str]]) -> dict[str, float]:
+    """Return how many times as fast ours is, by the name of the row."""
+    return {" ".join(words[:-6]): float(words[-2]) for words in lines if words[-1:] == ["x"]}
+
+
+def encode() -> dict[str, Callable[..., object]]:
+    """Return the functions of the benchmark of `encode`."""
+    return runpy.run_path(str(FOLDER / "encode.py"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "peers"), [("float32", [*IN_PYTORCH, "onnxruntime", "openvino"]), ("bfloat16", IN_PYTORCH)]
+)
+def test_encode_has_a_row_for_every_peer_that_can_run(script: Script, dtype: str, peers: list[str]) -> None:
+    lines = script("encode.py", "--arch", "Ti/16", "--batch", 1, "--repeats", 1, "--dtype", dtype)
+    table = measured(lines)
+    assert list(table) == peers
+    assert table["vitembed"] == 1.0
+    assert min(table.values()) > 0
+
+
+def test_the_networks_of_encode_move_and_are_cast_whole() -> None:
+    networks = encode()["in_pytorch"]("Ti/16")
+    assert list(networks) == IN_PYTORCH
+    for network in networks.values():
+        network.to("meta", torch.bfloat16)  # stands for a GPU: what was left behind could not be computed with
+        assert {(weight.device.type, weight.dtype) for weight in network.parameters()} == {("meta", torch.bfloat16)}
+        assert network(torch.zeros(3, 3, 224, 224, device="meta", dtype=torch.bfloat16)).shape == (3, 192)
+
+
+def test_the_operations_of_a_forward_pass_are_those_that_pytorch_counts() -> None:
+    config = ViTConfig.named("Ti/16", image_size=64)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        ViT(config)(torch.zeros(1, 3, 64, 64), patches=True)  # with patches no row is left out
+    assert encode()["forward_flops"](config) == counter.get_total_flops()
+
+
+def test_shares_are_of_the_measured_peak(capsys: pytest.CaptureFixture[str]) -> None:
+    functions = encode()
+    assert functions["matrix_peak"]("cpu", torch.float32, side=32) > 0
+    functions["print_shares"]({"vitembed": 0.5, "timm": 2.0}, flops=1e12, peak=4e12)
+    *_, ours, timm = capsys.readouterr().out.splitlines()
+    assert (ours.split(), timm.split()) == (["vitembed", "50.0%"], ["timm", "12.5%"])
+
+
+def test_files_compares_reading_with_memory(script: Script) -> None:
+    lines = script("files.py", "--arch", "Ti/16", "--images", 2, "--side", 40, "--batch", 2, "--repeats", 1)
+    assert list(measured(lines)) == ["from files", "in memory"]
+    assert lines[-1][-4:] == ["of", "the", "in-memory", "rate"]
+
+
+def test_merging_has_a_row_for_every_number_of_merged_tokens(script: Script, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+    model = Embedder.create("N/4", preprocess=Preprocess(size=(16, 16)), device="cpu")
+    model.save_pretrained(tmp_path / "model")
+    lines = script("merging.py", tmp_path / "model", tmp_path / "images", "--merge", 1, 2, "--batch", 3, "--repeats", 1)
+    rows = lines[-3:]
+    assert [words[0] for words in rows] == ["0", "1", "2"]
+    assert rows[0][3:] == ["1.0000"] * 3  # cosines of the exact network with itself
+
+
+def test_parity_has_two_rows_a_family(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [parity.CASES[0], parity.CASES[2]]
+    monkeypatch.setattr(parity, "rows", lambda rows=parity.rows: rows(cases))
+    parity.main()
+    lines = capsys.readouterr().out.splitlines()
+    for case in cases:
+        assert [line.split()[-3] for line in lines if line.startswith(f"{case.family} ")] == list(map(str, case.sizes))
