@@ -275,7 +275,7 @@ class Embedder:
         precision: Precision = "fp32",
         compile: bool = False,
         heads: int | None = None,
-        image_size: tuple[int, int] | None = None,
+        image_size: int | tuple[int, int] | None = None,
         module: nn.Module | None = None,
     ) -> "Embedder":
         """Load a model.
@@ -291,8 +291,8 @@ class Embedder:
             precision: as for the class.
             compile: as for the class.
             heads: attention heads of a bare file of weights, which no shape tells; None for heads of width 64.
-            image_size: (height, width) that the positions of a bare file are for, where they are no square; to work at
-                another size, see `replace`.
+            image_size: side or (height, width) that the positions of a bare file are for, where they are no square; to
+                work at another size, see `replace`.
             module: the foreign backbone of a saved model, where only you can build it.
 
         Raises:
@@ -307,7 +307,8 @@ class Embedder:
             network, preprocess, provenance = saved_model.load(folder, module=module)
             if heads is not None and heads != network.vit.config.heads:
                 raise ConfigError(f"{name} says that it has {network.vit.config.heads} heads; got heads={heads}")
-            if image_size is not None and tuple(image_size) != preprocess.size:
+            size = (image_size, image_size) if isinstance(image_size, int) else image_size
+            if size is not None and tuple(size) != preprocess.size:
                 raise ConfigError(f"{name} is for images of {preprocess.size}; for others, use replace(image_size=...)")
         elif module is not None:
             raise ConfigError(f"a module goes with a model that save_pretrained saved, which {name} is not")

@@ -95,14 +95,15 @@ class ViT(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike[str], *, heads: int | None = None, image_size: tuple[int, int] | None = None
+        cls, name: str | os.PathLike[str], *, heads: int | None = None, image_size: int | tuple[int, int] | None = None
     ) -> "ViT":
         """Load a ViT of torchvision, timm, transformers, the original DINO, DINOv2 or CLIP, or our own; for inference.
 
         Args:
             name: see `vitembed.weights.load_checkpoint`: a folder, a file, "torchvision:vit_b_16", a hub id.
             heads: attention heads, which no shape of a bare state dict tells; None for heads of width 64.
-            image_size: (height, width) that the positions of a bare state dict are for, where they are no square.
+            image_size: side or (height, width) that the positions of a bare state dict are for, where they are no
+                square.
 
         Raises:
             CheckpointError: if there is nothing, nothing whole, or no ViT under that name.
