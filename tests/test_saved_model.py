@@ -325,10 +325,12 @@ def test_a_network_of_ones_own_is_saved_and_loaded_with_the_module(tmp_path: Pat
 
 def test_a_module_without_a_place_is_refused(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path)
+    other = tmp_path / "other.pth"
+    torch.save(tiny().network.vit.state_dict(), other)
     with pytest.raises(ConfigError, match="no place for a Projecting"):
         Embedder.from_pretrained(tmp_path, module=Projecting())
     with pytest.raises(ConfigError, match="a module goes with a model that save_pretrained saved"):
-        Embedder.from_pretrained(tmp_path / "nothing", module=Projecting())
+        Embedder.from_pretrained(other, module=Projecting())
 
 
 def test_heads_that_contradict_the_saved_model_are_refused(tmp_path: Path) -> None:

@@ -285,8 +285,9 @@ class Embedder:
         nothing of those, and has the defaults, as `provenance` then tells.
 
         Args:
-            name: a folder that `save_pretrained` wrote, or what `vitembed.weights.load_checkpoint` takes:
-                "torchvision:vit_b_16", "timm:vit_small_patch16_224.dino", a hub id, a folder of transformers, a file.
+            name: a folder that `save_pretrained` wrote, or a hub id of such; or what
+                `vitembed.weights.load_checkpoint` takes: "torchvision:vit_b_16", "timm:vit_small_patch16_224.dino",
+                a hub id, a folder of transformers, a file.
             device: as for the class.
             precision: as for the class.
             compile: as for the class.
@@ -300,10 +301,8 @@ class Embedder:
             ConfigError: if the model says otherwise than `heads` or `image_size`, has no place for `module`, or
                 cannot be built without one.
         """
-        folder = Path(name)
-        if folder.name == saved_model.WEIGHTS and saved_model.is_saved_model(folder.parent):
-            folder = folder.parent
-        if saved_model.is_saved_model(folder):
+        folder = weights.saved_model_at(name)
+        if folder is not None:
             network, preprocess, provenance = saved_model.load(folder, module=module)
             if heads is not None and heads != network.vit.config.heads:
                 raise ConfigError(f"{name} says that it has {network.vit.config.heads} heads; got heads={heads}")

@@ -394,3 +394,12 @@ def test_an_image_size_that_is_none_is_refused(own: Path, size: Any) -> None:
 def test_resolve_is_no_public_name() -> None:
     assert "resolve" not in weights.__all__
     assert all(hasattr(weights, name) for name in weights.__all__)
+
+
+def test_a_model_of_ours_on_the_hub_is_the_one_that_was_saved(hub: Path) -> None:
+    preprocess = Preprocess((32, 32))
+    model = Embedder.create(ViTConfig((32, 32), 16, width=64, depth=1, heads=4), preprocess=preprocess, device="cpu")
+    model.provenance = {"classes": ["a"]}
+    model.save_pretrained(cached(hub, "owner/ours"))
+    again = Embedder.from_pretrained("owner/ours", device="cpu")
+    assert (again.fingerprint, again.provenance) == (model.fingerprint, model.provenance)

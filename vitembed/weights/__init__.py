@@ -2,7 +2,7 @@
 
 from vitembed.weights.checkpoint import Checkpoint
 from vitembed.weights.export import timm_arguments, timm_state
-from vitembed.weights.load import load_checkpoint
+from vitembed.weights.load import load_checkpoint, saved_model_at
 from vitembed.weights.store import (
     fingerprint,
     is_ours,
@@ -23,6 +23,7 @@ __all__ = [
     "load_weights",
     "read_saved_model",
     "save_weights",
+    "saved_model_at",
     "timm_arguments",
     "timm_state",
 ]

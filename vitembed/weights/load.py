@@ -18,6 +18,7 @@ from vitembed.weights.sources import Source, describe_torchvision, resolve, torc
 from vitembed.weights.store import (
     BACKBONE,
     PROJECTION,
+    WEIGHTS,
     fingerprint,
     is_ours,
     is_saved_model,
@@ -81,6 +82,21 @@ def load_checkpoint(
         licence=described.licence,
         notes=tuple(notes),
     )
+
+
+def saved_model_at(name: str | os.PathLike[str]) -> Path | None:
+    """Return the folder of a model that `Embedder.save_pretrained` saved; None where the name is of somebody else's.
+
+    Args:
+        name: as for `load_checkpoint`; a model of ours may lie on the hub, too.
+
+    Raises:
+        CheckpointError: if there is nothing under that name.
+    """
+    path = resolve(name).path
+    if path is not None and path.name == WEIGHTS:
+        path = path.parent
+    return path if path is not None and path.is_dir() and is_saved_model(path) else None
 
 
 def _read(source: Source) -> tuple[Described, dict[str, Tensor], list[str]]:

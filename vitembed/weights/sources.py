@@ -19,6 +19,7 @@ from torch import Tensor
 from vitembed.errors import CheckpointError, MissingExtraError, unknown_name
 from vitembed.weights import configs, processing
 from vitembed.weights.checkpoint import Described
+from vitembed.weights.store import is_saved_model
 from vitembed.weights.tensors import FILE_GROUPS, SUFFIXES
 
 TORCHVISION_HEADS = {"vit_b_16": 12, "vit_b_32": 12, "vit_l_16": 16, "vit_l_32": 16, "vit_h_14": 16}
@@ -142,7 +143,8 @@ def _hub(identifier: str, name: str) -> Source:
     """Fetch a hub model: its small configuration first, which may say that it is none for us, then its weights."""
     repository, _, revision = identifier.partition("@")
     folder = _fetch(repository, revision, list(configs.FILES), name)
-    configs.describe_folder(folder)
+    if not is_saved_model(folder):  # ours is described in the header of its weights
+        configs.describe_folder(folder)
     for group in FILE_GROUPS:  # fetched only if those before it brought nothing
         shards = [f"{Path(file).stem}-*{Path(file).suffix}" for file in group[:1]]  # which an index names
         folder = _fetch(repository, revision, [*group, *shards], name)
