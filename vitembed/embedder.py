@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from vitembed import saved_model, weights
 from vitembed.decoding import PixelBatch, as_sequence, pixel_batches
-from vitembed.embedding_net import EmbeddingNet, ForeignBackbone, Pooling, evaluating
+from vitembed.embedding_net import EmbeddingNet, ForeignBackbone, Pooling, compiling, evaluating
 from vitembed.errors import CheckpointError, ConfigError, ImageError, VectorError, unknown_name
 from vitembed.images import ImageSource
 from vitembed.preprocess import Preprocess
@@ -89,7 +89,7 @@ class Embedder:
         self.precision = precision
         self.provenance = dict(provenance or {})
         self._compiled = compile
-        self._forward: Any = torch.compile(self.network) if compile else None
+        self._forward: Any = torch.compile(self.network) if compile else self.network
 
     @classmethod
     def create(
@@ -198,8 +198,8 @@ class Embedder:
         Raises:
             VectorError: if the network gives NaN or infinity.
         """
-        with self._inference():
-            vectors: Tensor = self._compute(pixels.to(self.device, non_blocking=True))
+        with self._inference(), compiling() if self._compiled else contextlib.nullcontext():
+            vectors: Tensor = self._forward(pixels.to(self.device, non_blocking=True))
         return _finite(vectors)
 
     def embed_and_classify(self, pixels: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -386,21 +386,6 @@ class Embedder:
             torch.autocast(self.device.type, _DTYPES[self.precision], enabled=self.precision != "fp32"),
         ):
             yield
-
-    def _compute(self, pixels: Tensor) -> Tensor:
-        """Run the forward pass, compiled if that is wanted."""
-        if not self._compiled:
-            return self.network(pixels)  # type: ignore[no-any-return]
-        from torch._dynamo.exc import TorchDynamoException
-
-        try:
-            return self._forward(pixels)  # type: ignore[no-any-return]
-        except TorchDynamoException as error:
-            reason = " ".join(str(error).strip().split("\n\n")[0].split())  # the rest is advice on torch's own logs
-            raise ConfigError(
-                f"torch.compile cannot translate the network here ({reason}); on a processor it needs a C++ compiler "
-                "such as g++: install one, or load the model without compile"
-            ) from error
 
     def _batches(self, images: Sequence[ImageSource], batch_size: int, workers: int | None) -> Iterable[PixelBatch]:
         return pixel_batches(

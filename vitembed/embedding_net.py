@@ -35,6 +35,25 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             part.training = True
 
 
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Run what `torch.compile` made, and say in one line why it cannot be made here.
+
+    Raises:
+        ConfigError: if the function that is called cannot be compiled.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = " ".join(str(error).strip().split("\n\n")[0].split())  # the rest is advice on torch's own logs
+        raise ConfigError(
+            f"torch.compile cannot translate the network here ({reason}); on a processor it needs a C++ compiler "
+            "such as g++: install one, or do without compile"
+        ) from error
+
+
 class ForeignBackbone(nn.Module):
     """Any module that turns images into features, in the place of our `ViT`: one of timm, a ResNet, your own.
 

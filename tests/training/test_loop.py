@@ -379,7 +379,7 @@ def test_a_network_that_cannot_be_compiled_is_one_clear_error(monkeypatch: pytes
         raise RuntimeError("no working C++ compiler found\n\nand more")
 
     monkeypatch.setattr(torch, "compile", lambda function: real(function, backend=backend))
-    with pytest.raises(TrainingError, match=r"cannot translate .*no working C\+\+ compiler found\); on a processor"):
+    with pytest.raises(ConfigError, match=r"cannot translate .*no working C\+\+ compiler found\); on a processor"):
         train(embedder(), stripes(), config=TrainConfig(**QUICK, compile=True))
 
 
@@ -418,8 +418,8 @@ def test_the_gradient_is_clipped_as_one_with_that_of_the_parameters_of_the_loss(
             return 1e3 * (features @ self.proxies.T).sum()
 
     network, loss = torch.nn.Linear(5, 4), Proxies()
-    settings: dict[str, Any] = {"learning_rate": 0.1, "weight_decay": 0, "warmup": 0, "precision": "fp32", "steps": 9}
-    steps = stepper.Stepper(network, loss, torch.device("cpu"), clip=0.5, **settings)
+    config = TrainConfig(learning_rate=0.1, weight_decay=0, warmup=0, precision="fp32", clip=0.5)
+    steps = stepper.Stepper(network, loss, torch.device("cpu"), config, steps=9)
     raw = loss(network(torch.ones(2, 5)))
     expected = torch.autograd.grad(raw, [*network.parameters(), loss.proxies], retain_graph=True)
     monkeypatch.setattr(steps._optimizer, "zero_grad", lambda: None)  # what was stepped along stays to be seen

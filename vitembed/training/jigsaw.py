@@ -201,17 +201,7 @@ class _Solver:
         self.steps = steps
         self._puzzles, self._device, self._config = puzzles, device, config
         self._random = torch.Generator().manual_seed(config.seed)
-        self._stepper = Stepper(
-            puzzles,
-            None,
-            device,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            warmup=config.warmup,
-            clip=config.clip,
-            precision=config.precision,
-            steps=steps,
-        )
+        self._stepper = Stepper(puzzles, None, device, config, steps=steps)
 
     @property
     def learning_rate(self) -> float:

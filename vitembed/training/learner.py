@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from vitembed.embedder import Embedder
-from vitembed.embedding_net import EmbeddingNet
-from vitembed.errors import TrainingError
+from vitembed.embedding_net import EmbeddingNet, compiling
 from vitembed.training.classification import accuracy_of
 from vitembed.training.config import TrainConfig
 from vitembed.training.stepper import Stepper, check_finite
@@ -45,17 +44,7 @@ class Learner:
         self._augment = config.augment
         self._random = torch.Generator().manual_seed(config.seed)
         self._device = model.device
-        self._stepper = Stepper(
-            model.network,
-            loss,
-            model.device,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            warmup=config.warmup,
-            clip=config.clip,
-            precision=config.precision,
-            steps=steps,
-        )
+        self._stepper = Stepper(model.network, loss, model.device, config, steps=steps)
 
     @property
     def learning_rate(self) -> float:
@@ -66,7 +55,8 @@ class Learner:
         """Take a step a batch and return the means of the steps' figures.
 
         Raises:
-            TrainingError: if the loss becomes NaN or infinite, or the network cannot be compiled.
+            TrainingError: if the loss becomes NaN or infinite.
+            ConfigError: if the network cannot be compiled here.
         """
         self._network.train()
         steps: list[dict[str, Tensor]] = []
@@ -128,21 +118,14 @@ def _forward(
 
     if not compiled:
         return plain
-    from torch._dynamo.exc import TorchDynamoException
-
     translated = torch.compile(plain)  # the network itself stays as it is: validation and saving know nothing of this
 
-    def translating(pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        try:
+    def call(pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Call the compiled function."""
+        with compiling():
             return translated(pixels)
-        except TorchDynamoException as error:
-            reason = " ".join(str(error).strip().split("\n\n")[0].split())  # the rest is advice on torch's own logs
-            raise TrainingError(
-                f"torch.compile cannot translate the network here ({reason}); on a processor it needs a C++ compiler "
-                "such as g++: install one, or train without compile"
-            ) from error
 
-    return translating
+    return call
 
 
 @torch.no_grad()

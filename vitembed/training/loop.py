@@ -83,7 +83,7 @@ def train(
         ConfigError: if loss, miner, settings and model do not go together.
         DataError: if the data set has too few classes or images.
         ImageError: for an image that cannot be read.
-        TrainingError: if `out` holds a model already, the loss becomes NaN or infinite, or nothing can be compiled.
+        TrainingError: if `out` holds a model already, or the loss becomes NaN or infinite.
     """
     loss = loss or TripletLoss()
     config = _settle(config or TrainConfig(), loss, miner)

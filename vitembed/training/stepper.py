@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +13,30 @@ from torch import Tensor, nn
 from vitembed.errors import ConfigError, TrainingError
 
 
+class StepConfig(Protocol):
+    """What the configurations of all trainings have in common."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The highest rate."""
+
+    @property
+    def weight_decay(self) -> float:
+        """Of matrices only; norms, biases, positions and single tokens are left alone."""
+
+    @property
+    def warmup(self) -> float:
+        """Share of the steps in which the rate rises from 0; then it falls to 0."""
+
+    @property
+    def clip(self) -> float:
+        """Largest norm of the gradient, of all that is trained together."""
+
+    @property
+    def precision(self) -> str:
+        """One of "fp32", "bf16", "fp16" and "auto"."""
+
+
 class Stepper:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with a linear warm-up and a cosine, in mixed precision.
 
@@ -20,11 +44,7 @@ class Stepper:
         network: what is trained.
         loss: whose parameters are trained along, if it is a module that has some.
         device: where the network is.
-        learning_rate: the highest.
-        weight_decay: on matrices only; norms, biases, positions and single tokens are left alone.
-        warmup: share of the steps in which the rate rises from 0; then it falls to 0.
-        clip: largest norm of the gradient, of all that is trained together.
-        precision: "fp32", "bf16", "fp16" or "auto".
+        config: the settings.
         steps: how many there will be.
 
     Raises:
@@ -36,24 +56,22 @@ class Stepper:
         network: nn.Module,
         loss: Callable[..., Tensor] | None,
         device: torch.device,
+        config: StepConfig,
         *,
-        learning_rate: float,
-        weight_decay: float,
-        warmup: float,
-        clip: float,
-        precision: str,
         steps: int,
     ) -> None:
         # accelerate keeps its settings for the whole process; an earlier training may have had others.
         AcceleratorState._reset_state(reset_partial_state=True)
-        self._accelerator = Accelerator(mixed_precision=_mixed_precision(precision, device), cpu=device.type == "cpu")
+        self._accelerator = Accelerator(
+            mixed_precision=_mixed_precision(config.precision, device), cpu=device.type == "cpu"
+        )
         if self._accelerator.num_processes > 1:
             raise ConfigError("training runs in one process; start it without `accelerate launch`")
-        groups = _parameter_groups(network, loss, device, weight_decay)
+        groups = _parameter_groups(network, loss, device, config.weight_decay)
         self._parameters = [parameter for group in groups for parameter in group["params"]]
-        self._clip = clip
-        optimizer = torch.optim.AdamW(groups, lr=learning_rate)
-        rising = int(warmup * steps)
+        self._clip = config.clip
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+        rising = int(config.warmup * steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, rising, steps))
         # The network itself is not prepared: accelerate would wrap its `forward` in mixed precision for good, and the
         # embedder would then give other vectors than the model that is saved.

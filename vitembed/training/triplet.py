@@ -287,6 +287,7 @@ class _ExactTriplets(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, layout: ClassLayout, margin: float, mining: Mining, block: int
     ) -> tuple[Tensor, Tensor]:
+        """Return loss and share of active triplets, and keep the gradient, which the same sweep gives."""
         with_grad = bool(ctx.needs_input_grad[0])
         ordered = rows.index_select(0, layout.order)
         total, number, grad = _Sweep(ordered, layout, margin, mining, block, with_grad=with_grad).run()

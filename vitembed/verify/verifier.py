@@ -225,6 +225,7 @@ def _distinct(pairs: Pairs) -> tuple[list[ImageSource], NDArray[np.int64], NDArr
     positions: dict[str | int, int] = {}
 
     def position(source: ImageSource) -> int:
+        """Return where an image stands in the list, which it joins if it is new."""
         # Images in memory are told apart as objects; `pairs` keeps them alive, so no id is given twice.
         key = os.fspath(source) if isinstance(source, str | os.PathLike) else id(source)
         if key not in positions:
