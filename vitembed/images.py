@@ -7,6 +7,7 @@ with a reason that a person understands. `vitembed.preprocess` makes pixels for 
 """
 
 import contextlib
+import io
 import os
 import stat
 import threading
@@ -68,6 +69,22 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     if isinstance(source, str | os.PathLike):
         return _from_path(Path(source), max_pixels)
     raise ImageError(type(source).__name__, "is not an image; pass a path, a PIL image or a numpy array")
+
+
+def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode the content of an image file by the rules of `load_image`.
+
+    Args:
+        data: what the file would hold.
+        name: what errors call it.
+        max_pixels: images of more are refused before they are decoded.
+
+    Raises:
+        ImageError: with the name, and why the image cannot be used.
+    """
+    if not data:
+        raise ImageError(name, "is empty (0 bytes)")
+    return _decode(io.BytesIO(data), name, max_pixels)
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[Path]:

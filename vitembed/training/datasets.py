@@ -1,11 +1,12 @@
-"""Labelled images to train on: where they come from, which classes are held out, and how their pixels are fetched.
+"""Labelled images to train on: where they come from, and which classes are held out.
 
 `ImageDataset` is a plain value (sources, labels, names of classes, an optional split) that every kind of input is
-turned into. `PixelDataset` reads it through a `Preprocess`, once into memory where the pixels fit, so that small images
-are decoded once and not every epoch.
+turned into; `vitembed.training.pixels` reads it.
+
+A skilled forgery imitates a class without belonging to it. It is a class of its own, of one image, so that no loss ever
+takes it for a positive of anything, of another forgery of the same writer either; `forgery_of` says whom it imitates.
 """
 
-import csv
 import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,18 +14,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from vitembed.errors import ConfigError, DataError, ImageError, MissingExtraError, unknown_name
+from vitembed.errors import ConfigError, DataError, ImageError, unknown_name
 from vitembed.images import ImageSource, list_images
-from vitembed.preprocess import Preprocess
+from vitembed.training.labels import Names, names_of_folders, names_of_labels, names_of_signatures
+from vitembed.training.lazy import LazyImages
+from vitembed.training.splits import leaked_classes, of_classes, pick_classes, pick_images
+from vitembed.training.tables import read_table
 
 Validation = Literal["classes", "images", "none"]
 VALIDATIONS = ("classes", "images", "none")
-MAX_CACHE_BYTES = 2 << 30  # pixels up to this size are kept in memory
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,17 @@ class ImageDataset:
         labels: (N,) int64, indices into `classes`.
         classes: the names of the classes; images of one class are positives of each other.
         is_validation: (N,) bool, the images that the data itself sets apart for validation; None if it does not say.
+        forgery_of: (N,) int64, the class that an image imitates, -1 for a genuine image; None if all are genuine.
 
     Raises:
-        DataError: if the lengths do not fit or a label names no class.
+        DataError: if the lengths do not fit, a label names no class, or a forgery is not alone in its class.
     """
 
     images: Sequence[ImageSource]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     is_validation: NDArray[np.bool_] | None = field(default=None)
+    forgery_of: NDArray[np.int64] | None = field(default=None)
 
     def __post_init__(self) -> None:
         if len(self.images) == 0:
@@ -57,9 +61,18 @@ class ImageDataset:
             raise DataError(f"labels must lie in [0, {len(self.classes)}), one number a class")
         if self.is_validation is not None and self.is_validation.shape != self.labels.shape:
             raise DataError("expected one split an image")
+        if self.forgery_of is not None:
+            self._check_forgeries(self.forgery_of)
+            if self.forgery_of.max() < 0:
+                object.__setattr__(self, "forgery_of", None)
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def identities(self) -> tuple[str, ...]:
+        """The names of the classes of genuine images."""
+        return tuple(self.classes[label] for label in np.unique(self.labels[self._writers < 0]))
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> "ImageDataset":
@@ -80,66 +93,67 @@ class ImageDataset:
     def from_folder(cls, folder: str | os.PathLike[str]) -> "ImageDataset":
         """Read `folder/class/image.jpg`: the class of an image is the folder that holds it.
 
-        Folders may be nested: `letters/greek/alpha/01.png` is of the class `greek/alpha` of `letters`.
+        Folders may be nested: `letters/greek/alpha/01.png` is of the class `greek/alpha` of `letters`. Where every
+        image lies in `WRITER/genuine` or `WRITER/forged`, it is read as by `from_signatures`.
 
         Raises:
-            DataError: if there are no images, or images that lie in no class.
+            DataError: if there are no images, images that lie in no class, or a writer's genuine and forged images
+                beside others: as a class, the forgeries would be positives of each other.
         """
         root = Path(folder)
         paths = list_images(root)
-        names = [path.parent.relative_to(root).as_posix() for path in paths]
-        if "." in names:
-            loose = paths[names.index(".")]
-            raise DataError(f"{loose} lies in no class; expected {root}/CLASS/IMAGE: make one folder a class")
-        return cls._from_names(paths, names)
+        return cls._named(paths, names_of_folders(root, paths))
+
+    @classmethod
+    def from_signatures(cls, folder: str | os.PathLike[str]) -> "ImageDataset":
+        """Read `folder/WRITER/genuine/image.png` and `folder/WRITER/forged/image.png`, others imitating the writer.
+
+        The classes are `WRITER`, and `WRITER/forged/image.png` for each forgery.
+
+        Raises:
+            DataError: if there are no images, images that lie elsewhere, or forgeries of a writer without genuine ones.
+        """
+        root = Path(folder)
+        paths = list_images(root)
+        return cls._named(paths, names_of_signatures(root, paths))
 
     @classmethod
     def from_table(cls, table: str | os.PathLike[str]) -> "ImageDataset":
-        """Read a .csv or .parquet table with the columns path, label and, if you like, split (train or val).
+        """Read a .csv or .parquet table with the columns path and label, and, if you like, split and forgery_of.
 
-        Relative paths start at the table's folder.
+        split is train or val. forgery_of is the label that a skilled forgery imitates, and empty for other images; the
+        label of a forgery is not read, for it is a class of its own. Relative paths start at the table's folder.
 
         Raises:
             DataError: naming the column, the row and the file that is missing.
             MissingExtraError: for Parquet without pyarrow.
         """
-        path = Path(table)
-        columns = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
-        images: list[Path] = []
-        for row, name in enumerate(columns["path"], start=1):
-            image = path.parent / name
-            if not image.is_file():
-                raise DataError(f"{path}, row {row}: there is no image {image}; paths start at the table's folder")
-            images.append(image)
-        for row, label in enumerate(columns["label"], start=1):
-            if not label:
-                raise DataError(f"{path}, row {row}: the label is empty; every image needs one")
-        if "split" not in columns:
-            return cls._from_names(images, columns["label"])
-        is_validation = _read_split(path, columns["split"])
-        both = {p for p, held in zip(images, is_validation, strict=True) if held} & {
-            p for p, held in zip(images, is_validation, strict=True) if not held
-        }
-        if both:
-            raise DataError(f"{path}: {min(both)} is in train and in val; an image may be in one of them")
-        return cls._from_names(images, columns["label"], is_validation)
+        rows = read_table(table)
+        return cls._named(rows.images, rows.names, rows.is_validation)
 
     @classmethod
     def from_arrays(
-        cls, images: Sequence[ImageSource], labels: Iterable[object], *, is_validation: Iterable[bool] | None = None
+        cls,
+        images: Sequence[ImageSource],
+        labels: Iterable[object],
+        *,
+        is_validation: Iterable[bool] | None = None,
+        forgery_of: Iterable[object] | None = None,
     ) -> "ImageDataset":
-        """Take images with one label each (strings or numbers), and optionally which of them are for validation.
+        """Take images with one label each (strings or numbers).
+
+        Args:
+            images: paths, PIL images or arrays.
+            labels: one an image, all of one type: 1 and "1" are not known to be one class, nor to be two.
+            is_validation: which images are for validation; None if the data does not say.
+            forgery_of: the label that a skilled forgery imitates, None for other images. The label of a forgery is not
+                read, for it is a class of its own.
 
         Raises:
-            DataError: if a label is missing (None or NaN), or the lengths do not fit.
+            DataError: if a label is missing (None or NaN), labels are of several types, or the lengths do not fit.
         """
         split = None if is_validation is None else np.fromiter(is_validation, dtype=np.bool_)
-        names = []
-        for position, label in enumerate(labels):
-            if label is None or label != label:  # NaN is what differs from itself
-                raise DataError(f"image {position} has no label; got {label!r}")
-            names.append(str(label))
-        return cls._from_names(images, names, split)
+        return cls._named(images, names_of_labels(labels, forgery_of), split)
 
     @classmethod
     def from_torchvision(cls, dataset: Any) -> "ImageDataset":
@@ -155,8 +169,8 @@ class ImageDataset:
         if labels is None:
             try:
                 labels = [label for _, label in (dataset[i] for i in range(len(dataset)))]
-            except (TypeError, ValueError) as error:
-                raise DataError("expected a data set whose items are (image, label) pairs") from error
+            except (OSError, TypeError, ValueError) as error:
+                raise DataError(f"expected a data set whose items are (image, label) pairs: {error}") from error
         if isinstance(labels, Tensor):
             labels = labels.tolist()
         names = getattr(dataset, "classes", None)
@@ -165,19 +179,25 @@ class ImageDataset:
         return cls.from_arrays(_LazyItems(dataset), labels)
 
     def subset(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> "ImageDataset":
-        """Return the chosen images, with classes that have none left out."""
+        """Return the chosen images, with classes left out that have none and that none of them imitates."""
         positions = np.flatnonzero(chosen) if chosen.dtype == np.bool_ else chosen
-        kept, labels = np.unique(self.labels[positions], return_inverse=True)
+        labels = self.labels[positions]
+        writers = self._writers[positions]
+        kept = np.union1d(labels, writers[writers >= 0])
+        if isinstance(self.images, LazyImages):
+            images: Sequence[ImageSource] = self.images.take(positions.tolist())
+        else:
+            images = [self.images[i] for i in positions]
         return ImageDataset(
-            images=[self.images[i] for i in positions],
-            labels=labels.astype(np.int64),
+            images=images,
+            labels=np.searchsorted(kept, labels).astype(np.int64),
             classes=tuple(self.classes[label] for label in kept),
+            forgery_of=np.where(writers >= 0, np.searchsorted(kept, writers), -1).astype(np.int64),
         )
 
     def with_classes(self, names: Iterable[str]) -> "ImageDataset | None":
-        """Return the images of the named classes; None if there are none."""
-        wanted = set(names)
-        chosen = np.array([name in wanted for name in self.classes])[self.labels]
+        """Return the images of the named classes, with the forgeries of them; None if there are none."""
+        chosen = of_classes(self.labels, self._writers, self._numbers(names))
         return self.subset(chosen) if chosen.any() else None
 
     def split(
@@ -185,10 +205,13 @@ class ImageDataset:
     ) -> "tuple[ImageDataset, ImageDataset | None]":
         """Return what to train on and what to validate on.
 
+        Forgeries in the held-out part are distractors for `recall_at_k`: a query may find one instead of an image of
+        its class, and being alone in their classes they are no queries themselves.
+
         Args:
             validation: "classes" holds out whole classes, so that the figure is about classes never seen (the default
-                where embeddings are used); "images" holds out images of every class; "none" holds out nothing.
-                A split that the data itself names goes before this.
+                where embeddings are used), each with its forgeries; "images" holds out images of every class;
+                "none" holds out nothing. A split that the data itself names goes before this.
             share: of the classes or images to hold out, in (0, 1).
             seed: which ones.
             again: classes that an earlier training of the same weights held out: with "classes" they are held out
@@ -196,7 +219,8 @@ class ImageDataset:
 
         Raises:
             ConfigError: if a setting is unknown or out of range.
-            DataError: if too little is left on either side: both need two classes, and a class with two images.
+            DataError: if too little is left on either side: both need two classes, and a class with two images; or
+                the data's own split trains on forgeries of a class that it holds out.
         """
         if validation not in VALIDATIONS:
             raise unknown_name("validation", validation, VALIDATIONS)
@@ -207,187 +231,104 @@ class ImageDataset:
             return self, None
         held_out = self.is_validation
         if held_out is None:
-            rng = np.random.default_rng(seed)
-            held_out = (
-                self._pick_classes(share, rng, again) if validation == "classes" else self._pick_images(share, rng)
-            )
+            held_out = self._pick(validation, share, np.random.default_rng(seed), again)
         if held_out.all() or not held_out.any():
             raise DataError(
                 "the split leaves nothing to train on or nothing to validate on: validation needs two classes of two "
                 "images (or, for 'images', of four); add images, or hold out 'none'"
+            )
+        leaks = leaked_classes(self.labels, self._writers, held_out)
+        if len(leaks):
+            raise DataError(
+                f"{self.classes[leaks[0]]!r} is held out for validation, but forgeries of it are for training; "
+                "hold them out, too"
             )
         train, held = self.subset(~held_out), self.subset(held_out)
         _check_trainable(train, "training")
         _check_trainable(held, "validation")
         return train, held
 
-    def _pick_classes(self, share: float, rng: np.random.Generator, again: Collection[str]) -> NDArray[np.bool_]:
-        count = len(self.classes)
-        known = [label for label, name in enumerate(self.classes) if name in set(again)]
+    def _pick(
+        self, validation: Validation, share: float, rng: np.random.Generator, again: Collection[str]
+    ) -> NDArray[np.bool_]:
+        if validation == "images":
+            return pick_images(self.labels, self._writers, share, rng)
+        known = self._numbers(set(again) & set(self.identities))
         if len(known) >= 2:
-            return np.isin(self.labels, known)
-        if count < 4:
-            raise DataError(
-                f"holding out classes for validation needs at least 4 classes; got {count}. "
-                "Hold out images (validation 'images'), or nothing ('none')"
-            )
-        several = np.flatnonzero(np.bincount(self.labels, minlength=count) >= 2)  # one image has nothing to be found
-        number = min(max(2, round(share * count)), count - 2)
-        return np.isin(self.labels, rng.permutation(several)[:number])
+            return of_classes(self.labels, self._writers, known)
+        return pick_classes(self.labels, self._writers, share, rng)
 
-    def _pick_images(self, share: float, rng: np.random.Generator) -> NDArray[np.bool_]:
-        held_out = np.zeros(len(self), dtype=np.bool_)
-        for label in range(len(self.classes)):
-            members = rng.permutation(np.flatnonzero(self.labels == label))
-            if len(members) >= 4:  # two on either side at least: a lone image has no positive
-                number = min(max(2, round(share * len(members))), len(members) - 2)
-                held_out[members[:number]] = True
-        return held_out
+    @property
+    def _writers(self) -> NDArray[np.int64]:
+        """(N,) `forgery_of`, also where there are no forgeries."""
+        return np.full_like(self.labels, -1) if self.forgery_of is None else self.forgery_of
+
+    def _numbers(self, names: Iterable[str]) -> list[int]:
+        """Return the labels of the named classes; unknown names have none."""
+        wanted = set(names)
+        return [label for label, name in enumerate(self.classes) if name in wanted]
+
+    def _check_forgeries(self, writers: NDArray[np.int64]) -> None:
+        if writers.shape != self.labels.shape:
+            raise DataError(f"expected forgery_of for each of the {len(self)} images; got {writers.shape}")
+        if writers.min() < -1 or writers.max() >= len(self.classes):
+            raise DataError(f"forgery_of must lie in [-1, {len(self.classes)}), a class or -1 for none")
+        forged = self.labels[writers >= 0]
+        shared = forged[np.bincount(self.labels)[forged] > 1]
+        if len(shared):
+            raise DataError(
+                f"{self.classes[shared[0]]!r} holds a forgery and another image, which would be its positive; "
+                "each forgery is a class of its own: list it once"
+            )
+        second_hand = np.intersect1d(writers, forged)
+        if len(second_hand):
+            raise DataError(f"forgery_of must name a class of genuine images; {self.classes[second_hand[0]]!r} is none")
 
     @classmethod
-    def _from_names(
-        cls, images: Sequence[ImageSource], names: Sequence[str], is_validation: NDArray[np.bool_] | None = None
+    def _named(
+        cls, images: Sequence[ImageSource], names: Names, is_validation: NDArray[np.bool_] | None = None
     ) -> "ImageDataset":
-        classes, labels = np.unique(np.asarray(names, dtype=object).astype(str), return_inverse=True)
-        return cls(images, labels.astype(np.int64), tuple(classes.tolist()), is_validation)
+        classes, labels = np.unique(np.asarray(names.classes, dtype=object).astype(str), return_inverse=True)
+        numbers = {name: label for label, name in enumerate(classes.tolist())}
+        writers = np.full(len(labels), -1)
+        for position, writer in enumerate(names.forgery_of):
+            if writer is not None and writer not in numbers:
+                raise DataError(
+                    f"{names.classes[position]} imitates {writer!r}, but no genuine image is of this class; "
+                    "add some, or take the forgery out"
+                )
+            writers[position] = -1 if writer is None else numbers[writer]
+        return cls(images, labels.astype(np.int64), tuple(classes.tolist()), is_validation, writers)
 
 
-class PixelDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Pixels and labels of an `ImageDataset`, fetched a whole batch at a time.
+class _LazyItems(LazyImages):
+    """The images of a data set whose items are (image, label) pairs, or some of them."""
 
-    Args:
-        dataset: the images.
-        preprocess: from images to pixels.
-        workers: processes that decode the images that are read into memory.
-
-    Raises:
-        ImageError: for the first image that cannot be read, now if the pixels fit into memory, else when it is met.
-    """
-
-    def __init__(self, dataset: ImageDataset, preprocess: Preprocess, *, workers: int = 0) -> None:
-        self.dataset = dataset
-        self.preprocess = preprocess
-        self.labels = torch.from_numpy(dataset.labels)
-        self.cache: Tensor | None = None
-        size = len(dataset) * preprocess.channels * preprocess.size[0] * preprocess.size[1]
-        if size <= MAX_CACHE_BYTES:
-            self.cache = self._read_all(workers)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, positions: list[int]) -> tuple[Tensor, Tensor] | ImageError:
-        """Return (b, C, H, W) uint8 pixels and (b,) labels, or the error of an image that cannot be read."""
-        where = torch.as_tensor(positions)
-        if self.cache is not None:
-            return self.cache[where], self.labels[where]
-        try:
-            pixels = np.stack([self.preprocess(self.dataset.images[i]) for i in positions])
-        except ImageError as error:  # as a value: a worker process would wrap it in a traceback
-            return error
-        return torch.from_numpy(pixels), self.labels[where]
-
-    def batches(self, sampler: Iterable[list[int]], *, workers: int = 0) -> Iterable[tuple[Tensor, Tensor]]:
-        """Yield the batches that a sampler asks for.
-
-        Raises:
-            ImageError: for an image that cannot be read.
-        """
-        loader: DataLoader[Any] = DataLoader(
-            self,
-            batch_sampler=sampler,
-            num_workers=0 if self.cache is not None else workers,
-            collate_fn=_as_fetched,
-            pin_memory=torch.cuda.is_available(),
-        )
-        for batch in loader:
-            if isinstance(batch, ImageError):
-                raise batch
-            yield batch
-
-    def in_order(self, batch_size: int, *, workers: int = 0) -> Iterable[tuple[Tensor, Tensor]]:
-        """Yield all images once, in order."""
-        positions = range(len(self))
-        slices = [list(positions[start : start + batch_size]) for start in range(0, len(self), batch_size)]
-        return self.batches(slices, workers=workers)
-
-    def _read_all(self, workers: int) -> Tensor:
-        height, width = self.preprocess.size
-        cache = torch.empty((len(self), self.preprocess.channels, height, width), dtype=torch.uint8)
-        done = 0
-        for pixels, _ in self.in_order(256, workers=workers):
-            cache[done : done + len(pixels)] = pixels
-            done += len(pixels)
-        return cache
-
-
-class _LazyItems(Sequence[Any]):
-    """The images of a data set whose items are (image, label) pairs."""
-
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, positions: Sequence[int] | None = None) -> None:
         self._dataset = dataset
+        self._positions = range(len(dataset)) if positions is None else positions
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self._positions)
 
     def __getitem__(self, position: Any) -> Any:
-        return self._dataset[int(position)][0]
+        number = self._positions[position]
+        try:
+            return self._dataset[number][0]
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
+            raise ImageError(f"item {number} of the data set", f"cannot be read: {error}") from error
 
-
-def _as_fetched(batch: Any) -> Any:
-    return batch
+    def take(self, positions: Sequence[int]) -> "_LazyItems":
+        """Return the images at some positions, without fetching them."""
+        return _LazyItems(self._dataset, [self._positions[i] for i in positions])
 
 
 def _check_trainable(dataset: ImageDataset, use: str) -> None:
     counts = np.bincount(dataset.labels)
-    if len(counts) < 2:
-        raise DataError(f"{use} needs at least 2 classes; got {len(counts)} ({', '.join(dataset.classes)})")
+    if np.count_nonzero(counts) < 2:
+        raise DataError(f"{use} needs at least 2 classes; got 1 ({dataset.classes[dataset.labels[0]]})")
     if counts.max() < 2:
-        raise DataError(f"{use} needs a class with at least 2 images; every class has one, so there are no pairs")
-
-
-def _read_csv(path: Path) -> dict[str, list[str]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            reader.fieldnames = header = [name.strip() for name in reader.fieldnames or []]
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read as a UTF-8 CSV table: {error}") from error
-    _check_columns(path, header, len(rows))
-    for number, row in enumerate(rows, start=1):
-        if None in row or None in row.values():
-            raise DataError(f"{path}, row {number}: expected {len(header)} fields as in the header")
-    return {name: [row[name].strip() for row in rows] for name in ("path", "label", "split") if name in header}
-
-
-def _read_parquet(path: Path) -> dict[str, list[str]]:
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ImportError as error:
-        raise MissingExtraError("reading Parquet", "parquet") from error
-    try:
-        table = parquet.read_table(path)
-    except (ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} cannot be read as a Parquet table: {error}") from error
-    _check_columns(path, table.column_names, table.num_rows)
-    wanted = [name for name in ("path", "label", "split") if name in table.column_names]
-    return {name: ["" if v is None else str(v) for v in table.column(name).to_pylist()] for name in wanted}
-
-
-def _check_columns(path: Path, header: Sequence[str], rows: int) -> None:
-    missing = [name for name in ("path", "label") if name not in header]
-    if missing:
-        raise DataError(f"{path} lacks the column {missing[0]!r}; expected path,label[,split], got {','.join(header)}")
-    twice = [name for name in ("path", "label", "split") if list(header).count(name) > 1]
-    if twice:
-        raise DataError(f"{path} has the column {twice[0]!r} twice; which one counts?")
-    if rows == 0:
-        raise DataError(f"{path} has a header but no rows; expected one row an image")
-
-
-def _read_split(path: Path, values: Sequence[str]) -> NDArray[np.bool_]:
-    for row, value in enumerate(values, start=1):
-        if value not in ("train", "val"):
-            raise DataError(f"{path}, row {row}: split must be train or val; got {value!r}")
-    return np.array([value == "val" for value in values], dtype=np.bool_)
+        raise DataError(
+            f"{use} needs a class with at least 2 images; each of the {np.count_nonzero(counts)} classes has one, so "
+            "there are no pairs: add images, or check that the labels name classes and not images"
+        )

@@ -1,0 +1,124 @@
+"""Labels as they are given (folders, strings, numbers) become the names of classes.
+
+Two labels are one class exactly when their names are equal, so labels that text would silently join or split are
+refused. A skilled forgery of a writer gets a name, and so a class, of its own: `WRITER/forged/FILE`.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from vitembed.errors import DataError
+
+GENUINE, FORGED = "genuine", "forged"  # the folders of a writer
+
+
+class Names(NamedTuple):
+    """The classes of N images.
+
+    Attributes:
+        classes: the name of each image's class.
+        forgery_of: the name of the class that each image imitates, None for a genuine image.
+    """
+
+    classes: list[str]
+    forgery_of: list[str | None]
+
+
+def name_forgery(writer: object, file: object) -> str:
+    """Return the name of a forgery's own class."""
+    return f"{writer}/{FORGED}/{file}"
+
+
+def names_of_folders(root: Path, paths: Sequence[Path]) -> Names:
+    """Name images after the folders that hold them; as `names_of_signatures` where that layout is met throughout.
+
+    Raises:
+        DataError: if an image lies in no folder below `root`, or a writer's genuine and forged images lie beside
+            others: as a class, the forgeries would be positives of each other.
+    """
+    writers = [_writer_of(path, root) for path in paths]
+    if None not in writers:
+        return names_of_signatures(root, paths)
+    stray = paths[writers.index(None)]
+    kinds = {(writer, path.parent.name) for writer, path in zip(writers, paths, strict=True) if writer is not None}
+    if any((writer, GENUINE) in kinds and (writer, FORGED) in kinds for writer, _ in kinds):
+        raise DataError(
+            f"{stray} lies in no {root}/WRITER/{GENUINE} or {FORGED}, as others do; move it away, or rename these "
+            "folders if they hold no forgeries"
+        )
+    names = [path.parent.relative_to(root).as_posix() for path in paths]
+    if "." in names:
+        loose = paths[names.index(".")]
+        raise DataError(f"{loose} lies in no class; expected {root}/CLASS/IMAGE: make one folder a class")
+    return Names(names, [None] * len(names))
+
+
+def names_of_signatures(root: Path, paths: Sequence[Path]) -> Names:
+    """Name images that lie in `root/WRITER/genuine` and, imitating the writer, in `root/WRITER/forged`.
+
+    Raises:
+        DataError: naming the first image that lies elsewhere.
+    """
+    names = Names([], [])
+    for path in paths:
+        writer = _writer_of(path, root)
+        if writer is None:
+            raise DataError(f"{path} lies in no {root}/WRITER/{GENUINE} and in no {root}/WRITER/{FORGED}")
+        is_forged = path.parent.name == FORGED
+        names.classes.append(name_forgery(writer, path.name) if is_forged else writer)
+        names.forgery_of.append(writer if is_forged else None)
+    return names
+
+
+def names_of_labels(labels: Iterable[object], forgery_of: Iterable[object] | None) -> Names:
+    """Name images after their labels, strings or numbers.
+
+    Args:
+        labels: one an image; that of a forgery is not read.
+        forgery_of: the label that an image imitates, None for genuine images; None if there are no forgeries.
+
+    Raises:
+        DataError: if a label is missing (None or NaN), labels are of several types, or the lengths differ.
+    """
+    given = [_plain(label) for label in labels]
+    writers = [None] * len(given) if forgery_of is None else [_plain(writer) for writer in forgery_of]
+    if len(writers) != len(given):
+        raise DataError(f"expected forgery_of for each of the {len(given)} labels; got {len(writers)}")
+    both = list(zip(given, writers, strict=True))
+    _check_types([label if writer is None else writer for label, writer in both])
+    return Names(
+        [str(label) if writer is None else name_forgery(writer, i) for i, (label, writer) in enumerate(both)],
+        [None if writer is None else str(writer) for writer in writers],
+    )
+
+
+def _writer_of(path: Path, root: Path) -> str | None:
+    """Return the WRITER of root/WRITER/genuine/x.png or root/WRITER/forged/x.png; None for an image elsewhere."""
+    folder = path.parent
+    if folder.name not in (GENUINE, FORGED) or folder in (root, root / folder.name):
+        return None
+    return folder.parent.relative_to(root).as_posix()
+
+
+def _plain(label: object) -> object:
+    """Return a label of NumPy or torch as one of Python's own types."""
+    if isinstance(label, np.ndarray | Tensor) and label.ndim:
+        raise DataError(f"expected one label an image, a string or a number; got one of shape {tuple(label.shape)}")
+    return label.item() if isinstance(label, np.generic | np.ndarray | Tensor) else label
+
+
+def _check_types(labels: Sequence[object]) -> None:
+    """Refuse labels that are missing or of several types: 1 and "1" are not known to be one class, nor to be two."""
+    for position, label in enumerate(labels):
+        if label is None or label != label:  # NaN is what differs from itself
+            raise DataError(f"image {position} has no label; got {label!r}")
+        if type(label) is not type(labels[0]):
+            first, other = (f"{value!r} ({type(value).__name__})" for value in (labels[0], label))
+            raise DataError(
+                f"expected labels of one type; image 0 has {first} and image {position} has {other}: convert them, so "
+                "that it is plain which are one class"
+            )
