@@ -100,6 +100,20 @@ def test_files_compares_reading_with_memory(script: Script) -> None:
     assert lines[-1][-4:] == ["of", "the", "in-memory", "rate"]
 
 
+def test_train_compares_a_step_with_the_bare_network_and_a_plain_loop(script: Script) -> None:
+    tiny = ("--arch", "Ti/16", "--image-size", 32, "--batch", 4, "--repeats", 1)
+    lines = script("train.py", *tiny, "--cache", "--cache-batch", 6, "--chunk", 4, "--files", 16, "--workers", 0)
+    assert list(measured(lines)) == ["peer", "bare ViT", "vitembed"]
+    bare, peer, step, memory, _, waiting = lines[-6:]
+    assert float(bare[3]) > 0
+    assert bare[-3:] == ["bar", "is", "1.05"]
+    assert float(peer[4]) > 0
+    assert step[:7] == ["one", "step", "of", "6", "images,", "4", "at"]
+    assert 0.1 < float(memory[8]) <= float(memory[2]) < 4  # before the step, at its peak
+    assert waiting[:3] == ["waits", "for", "data:"]
+    assert 0 <= float(waiting[3].rstrip("%")) <= 100
+
+
 def test_merging_has_a_row_for_every_number_of_merged_tokens(script: Script, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()

@@ -348,14 +348,17 @@ class Embedder:
         *,
         image_size: int | tuple[int, int] | None = None,
         merge: int | None = None,
-        projection: Literal[False] | None = None,
+        projection: int | Literal[False] | None = None,
+        seed: int = 0,
     ) -> "Embedder":
         """Return a model with the same weights that works otherwise; it has a fingerprint of its own.
 
         Args:
             image_size: side or (height, width) of the images; the position embeddings are resampled.
             merge: tokens that each block merges away (see `ViTConfig.merge`): faster, and no longer exact.
-            projection: False takes the projection after pooling off, as a classification head on the CLS token wants.
+            projection: False takes the projection after pooling off, as a classification head on the CLS token wants; a
+                width puts a new, untrained one there.
+            seed: of a new projection.
 
         Raises:
             ConfigError: if the size is no multiple of the patch size, or the backbone is not our ViT.
@@ -366,8 +369,17 @@ class Embedder:
             vit.config = dataclasses.replace(vit.config, merge=merge)
         preprocess = dataclasses.replace(self.preprocess, size=vit.config.image_size)
         with torch.inference_mode(False):
-            network = EmbeddingNet(vit, mean=preprocess.mean, std=preprocess.std, pooling=before.pooling)
-            network.projection = None if projection is False else copy.deepcopy(before.projection)
+            settings: dict[str, Any] = {
+                "mean": preprocess.mean,
+                "std": preprocess.std,
+                "pooling": before.pooling,
+                "dim": projection or None,
+            }
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)  # the processor's alone
+                network = EmbeddingNet(vit, **settings)
+            if projection is None:
+                network.projection = copy.deepcopy(before.projection)
         return Embedder(
             network,
             preprocess,
@@ -450,5 +462,7 @@ def _pick_device(device: str | torch.device | None) -> torch.device:
             raise ConfigError(f"device {str(device)!r} cannot be used here: {reason}; try 'cpu'") from error
         return picked
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        # Launchers of several processes on one machine number them: each takes a GPU of its own.
+        number = os.environ.get("LOCAL_RANK", "")
+        return torch.device("cuda", int(number)) if number.isdigit() else torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

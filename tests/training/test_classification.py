@@ -14,7 +14,7 @@ from tests.training.stripes import stripes
 from vitembed.embedder import Embedder
 from vitembed.errors import ConfigError, DataError, VectorError
 from vitembed.preprocess import Preprocess
-from vitembed.training import CrossEntropyLoss, ImageDataset, TrainConfig, TripletLoss, build_loss, loop, train
+from vitembed.training import CrossEntropyLoss, ImageDataset, TrainConfig, TripletLoss, build_loss, run, stepper, train
 from vitembed.training.classification import ShuffledBatches, accuracy_of, fit_head
 from vitembed.vit import ViTConfig
 
@@ -71,7 +71,7 @@ def test_the_loss_is_built_by_its_name(spec: str, words: str) -> None:
     [
         ("cross-entropie", "did you mean 'cross-entropy'"),
         ("cross-entropy(smoothing=0.1)", "did you mean 'label_smoothing'"),
-        ("cross-entropy(label_smoothing='much')", "must be a number"),
+        ("cross-entropy(label_smoothing='much')", "must be a finite number"),
         ("cross-entropy(label_smoothing=1)", r"in \[0, 1\)"),
         ("cross-entropy(0.1)", "Name or Name"),
         ("cross - entropy", "Name or Name"),
@@ -189,7 +189,7 @@ def test_the_best_epoch_is_that_of_the_highest_accuracy(monkeypatch: pytest.Monk
     def validate(*_: object) -> dict[str, float]:
         return dict(zip(("recall@1", "validation accuracy"), next(figures), strict=True))
 
-    monkeypatch.setattr(loop, "_validate", validate)
+    monkeypatch.setattr(run, "validate", validate)
     result = train(embedder(), stripes(4, 16), loss=CrossEntropyLoss(), config=TrainConfig(**{**QUICK, "epochs": 4}))
     assert (result.best_epoch, result.accuracy, result.recall_at_1) == (3, 0.7, 0.2)
 
@@ -289,9 +289,15 @@ def test_a_model_whose_projection_was_taken_off_is_trained_to_classify() -> None
     assert len(model.classes) == 4
 
 
-def test_validation_refuses_what_is_not_finite() -> None:
+def test_validation_refuses_what_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     model = embedder()
-    # The only step breaks the weights after its loss was computed.
-    model.network.vit.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
+    advance = stepper.Stepper.advance
+
+    def broken(self: stepper.Stepper) -> None:
+        """Take a step whose loss and gradient were fine, and which leaves broken weights."""
+        advance(self)
+        torch.nn.init.constant_(model.network.vit.norm.weight, float("nan"))
+
+    monkeypatch.setattr(stepper.Stepper, "advance", broken)
     with pytest.raises(VectorError, match="NaN"):
         train(model, stripes(4, 4), loss=CrossEntropyLoss(), config=TrainConfig(**{**QUICK, "classes_per_batch": 8}))

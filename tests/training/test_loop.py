@@ -21,10 +21,11 @@ from vitembed.training import (
     TrainConfig,
     TripletLoss,
     learner,
-    loop,
+    run,
     stepper,
     train,
 )
+from vitembed.training.parameter_groups import parameter_groups
 from vitembed.vit import ViTConfig
 
 QUICK: dict[str, Any] = {"epochs": 2, "classes_per_batch": 4, "images_per_class": 4, "workers": 0}
@@ -98,7 +99,7 @@ def test_the_model_gets_the_weights_of_the_best_epoch(monkeypatch: pytest.Monkey
         fingerprints.append(model.fingerprint)
         return {"recall@1": next(recalls)}
 
-    monkeypatch.setattr(loop, "_validate", validate)
+    monkeypatch.setattr(run, "validate", validate)
     result = train(model, stripes(), config=TrainConfig(**{**QUICK, "epochs": 4}), out=tmp_path / "run")
     assert (result.best_epoch, result.recall_at_1) == (3, 0.9)  # the later of equals
     assert len(set(fingerprints)) == 4
@@ -149,7 +150,7 @@ def test_the_rate_warms_up_and_falls_to_zero() -> None:
 
 def test_weight_decay_is_for_matrices_alone() -> None:
     model = embedder(distilled=True, registers=2)
-    decayed, plain = stepper._parameter_groups(model.network, TripletLoss(), model.device, 0.05)
+    decayed, plain = parameter_groups(model.network, TripletLoss(), model.device, learning_rate=1e-3, weight_decay=0.05)
     names = {id(parameter): name for name, parameter in model.network.named_parameters()}
     assert decayed["weight_decay"] == 0.05
     assert plain["weight_decay"] == 0
@@ -419,7 +420,8 @@ def test_the_gradient_is_clipped_as_one_with_that_of_the_parameters_of_the_loss(
 
     network, loss = torch.nn.Linear(5, 4), Proxies()
     config = TrainConfig(learning_rate=0.1, weight_decay=0, warmup=0, precision="fp32", clip=0.5)
-    steps = stepper.Stepper(network, loss, torch.device("cpu"), config, steps=9)
+    groups = parameter_groups(network, loss, torch.device("cpu"), learning_rate=0.1, weight_decay=0)
+    steps = stepper.Stepper(groups, torch.device("cpu"), config, steps=9)
     raw = loss(network(torch.ones(2, 5)))
     expected = torch.autograd.grad(raw, [*network.parameters(), loss.proxies], retain_graph=True)
     monkeypatch.setattr(steps._optimizer, "zero_grad", lambda: None)  # what was stepped along stays to be seen

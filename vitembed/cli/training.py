@@ -8,20 +8,31 @@ import typer
 from vitembed.cli.models import open_model
 from vitembed.cli.networks import NETWORK, Pooling, Stem, new_embedder
 from vitembed.cli.output import Device, Json, Seed, Workers, print_figures, print_json, warn
+from vitembed.cli.settings_file import Config, settings_text
 from vitembed.errors import ConfigError
+from vitembed.files import atomic_write
 
 if TYPE_CHECKING:
     from vitembed.embedder import Embedder
+    from vitembed.training import ImageDataset, TrainResult
 
 Validation = Literal["classes", "images", "none"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Head = Literal["linear", "mlp"]
+OnCollapse = Literal["stop", "warn"]
 
-LOSS, SETTINGS = "Loss", "Training"  # groups of options in --help
+LOSS, SETTINGS, THRIFT, SAFETY = "Loss", "Training", "Time and memory", "Safety"  # groups of options in --help
 
 
 def train(
-    data: Annotated[Path, typer.Argument(help="A folder DATA/CLASS/IMAGE, or a .csv or .parquet: path,label[,split].")],
+    context: typer.Context,
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="A folder DATA/CLASS/IMAGE or WRITER/genuine, WRITER/forged; a .csv or .parquet: path,label[,split]; "
+            "tar shards such as 'data-{000..099}.tar'; or hf:NAME."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the model.")],
     init: Annotated[
         str | None,
@@ -69,9 +80,36 @@ def train(
         ),
     ] = "triplet",
     margin: Annotated[float | None, typer.Option(help="Of the triplet loss.", rich_help_panel=LOSS)] = None,
-    mining: Annotated[str | None, typer.Option(help="all, hard or semihard.", rich_help_panel=LOSS)] = None,
+    soft: Annotated[
+        bool,
+        typer.Option("--soft", help="Triplet loss with the soft margin, which has no number.", rich_help_panel=LOSS),
+    ] = False,
+    mining: Annotated[
+        str | None,
+        typer.Option(help="all, hard, semihard, batch-hard, easy-positive or distance-weighted.", rich_help_panel=LOSS),
+    ] = None,
     miner: Annotated[
         str | None, typer.Option(help="A miner of pytorch-metric-learning, for its losses.", rich_help_panel=LOSS)
+    ] = None,
+    memory: Annotated[
+        int | None,
+        typer.Option(min=1, help="Compare with so many embeddings of earlier batches, too.", rich_help_panel=LOSS),
+    ] = None,
+    memory_warmup: Annotated[
+        int, typer.Option(min=0, help="Steps in which that memory only fills.", rich_help_panel=LOSS)
+    ] = 0,
+    hard_negatives: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="EPOCHS",
+            help="Every so many epochs, search all images for the nearest of other classes, and train on these.",
+            rich_help_panel=LOSS,
+        ),
+    ] = None,
+    loss_learning_rate: Annotated[
+        float | None,
+        typer.Option("--loss-lr", help="Of the loss's own parameters, such as proxies.", rich_help_panel=LOSS),
     ] = None,
     head: Annotated[
         Head | None,
@@ -89,9 +127,26 @@ def train(
         float,
         typer.Option("--learning-rate", "--lr", help="The highest; 1e-5 to 1e-4 for --init.", rich_help_panel=SETTINGS),
     ] = 1e-3,
+    layer_decay: Annotated[
+        float, typer.Option(help="Share of the rate of the block above; 0.75 for --init.", rich_help_panel=SETTINGS)
+    ] = 1.0,
+    frozen_epochs: Annotated[
+        int, typer.Option(min=0, help="First epochs that train only what is new to --init.", rich_help_panel=SETTINGS)
+    ] = 0,
+    ema: Annotated[
+        float | None,
+        typer.Option(help="Keep a moving average of the weights, such as 0.999.", rich_help_panel=SETTINGS),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop after so many epochs without a better figure.", rich_help_panel=SETTINGS),
+    ] = None,
     augment: Annotated[
         str | None,
-        typer.Option(help="none, ink or photo; by default ink for grey images, else photo.", rich_help_panel=SETTINGS),
+        typer.Option(
+            help="none, ink, ink-strong, photo, photo-strong or faces; by default ink for grey images, else photo.",
+            rich_help_panel=SETTINGS,
+        ),
     ] = None,
     validation: Annotated[
         Validation | None,
@@ -103,21 +158,59 @@ def train(
     validation_share: Annotated[float, typer.Option(help="How much is held out.", rich_help_panel=SETTINGS)] = 0.2,
     patch_dropout: Annotated[
         float,
-        typer.Option(help="Share of the patches left out of each training image: faster.", rich_help_panel=SETTINGS),
+        typer.Option(help="Share of the patches left out of each training image: faster.", rich_help_panel=THRIFT),
     ] = 0.0,
+    gradient_cache: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="IMAGES",
+            help="Embed so many at a time: large batches in little memory.",
+            rich_help_panel=THRIFT,
+        ),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool,
-        typer.Option("--gradient-checkpointing", help="Less memory, a third more time.", rich_help_panel=SETTINGS),
+        typer.Option("--gradient-checkpointing", help="Less memory, a third more time.", rich_help_panel=THRIFT),
     ] = False,
     compile_network: Annotated[
-        bool, typer.Option("--compile", help="Use torch.compile: a slow start, then faster.", rich_help_panel=SETTINGS)
+        bool, typer.Option("--compile", help="Use torch.compile: a slow start, then faster.", rich_help_panel=THRIFT)
     ] = False,
     precision: Annotated[
-        Precision, typer.Option(help="Of the arithmetic; auto is bf16 where CUDA has it.", rich_help_panel=SETTINGS)
+        Precision, typer.Option(help="Of the arithmetic; auto is bf16 where CUDA has it.", rich_help_panel=THRIFT)
     ] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what --out holds of this training.", rich_help_panel=SAFETY)
+    ] = False,
+    checkpoint_minutes: Annotated[
+        float, typer.Option(help="What a crash may cost; an epoch ends with one, too.", rich_help_panel=SAFETY)
+    ] = 10.0,
+    checkpoint_steps: Annotated[
+        int | None, typer.Option(min=1, help="And a checkpoint after so many steps.", rich_help_panel=SAFETY)
+    ] = None,
+    checkpoints_kept: Annotated[int, typer.Option(min=1, help="The latest.", rich_help_panel=SAFETY)] = 2,
+    on_collapse: Annotated[
+        OnCollapse, typer.Option(help="What to do with a training past hope.", rich_help_panel=SAFETY)
+    ] = "stop",
+    max_unreadable: Annotated[
+        float, typer.Option(help="Share of images that may be set aside as unreadable.", rich_help_panel=SAFETY)
+    ] = 0.01,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print what would be trained, its memory and time.", rich_help_panel=SAFETY),
+    ] = False,
+    find_rate: Annotated[
+        bool,
+        typer.Option("--find-lr", help="Print a learning rate that suits, and train nothing.", rich_help_panel=SAFETY),
+    ] = False,
+    tracker: Annotated[
+        list[str] | None,
+        typer.Option(help="Send figures to tensorboard, wandb or mlflow; may be repeated.", rich_help_panel=SAFETY),
+    ] = None,
     device: Device = None,
     workers: Workers = None,
     seed: Seed = 0,
+    config: Config = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that --out holds.")] = False,
     json: Json = False,
 ) -> None:
@@ -128,55 +221,66 @@ def train(
     Example: vitembed train letters/ --out runs/letters --arch N/4 --image-size 28 --ink
 
     Example: vitembed train birds/ --out runs/birds --init torchvision:vit_b_16 --loss cross-entropy --lr 3e-5
-    """
-    from dataclasses import replace
 
-    from vitembed.training import Augment, ImageDataset, TrainConfig, build_loss, build_miner
+    Example: vitembed train photos/ --out runs/photos --resume
+
+    Example: vitembed train --config runs/photos/settings.toml --out runs/again
+    """
+    from vitembed.training import Augment, FineTune, HardNegatives, Safeguards, TrainConfig, load_source
     from vitembed.training import train as train_model
-    from vitembed.training.learner import needs_logits
 
     network = {"arch": arch, "stem": stem, "image_size": image_size, "pooling": pooling, "dim": dim, "ink": ink or None}
     chosen: dict[str, Any] = {name: value for name, value in network.items() if value is not None}
+    dataset = load_source(data)
+    model = _go_on(init, device, seed, chosen) if init is not None else new_embedder(device, seed, **chosen)
     settings = TrainConfig(
         epochs=epochs,
         classes_per_batch=classes_per_batch,
         images_per_class=images_per_class,
         learning_rate=learning_rate,
+        loss_learning_rate=loss_learning_rate,
+        fine_tune=FineTune(layer_decay, frozen_epochs),
+        ema=ema,
+        augment=Augment.named(augment or ("photo" if model.preprocess.channels > 1 else "ink")),
         head=head,
         validation=validation,
         validation_share=validation_share,
+        patience=patience,
+        hard_negatives=HardNegatives(every=hard_negatives) if hard_negatives else None,
+        gradient_cache=gradient_cache,
         patch_dropout=patch_dropout,
         gradient_checkpointing=gradient_checkpointing,
         compile=compile_network,
         precision=precision,
+        safeguards=Safeguards(checkpoint_steps, checkpoint_minutes, checkpoints_kept, on_collapse, max_unreadable),
         workers=workers,
         seed=seed,
     )
-    dataset = ImageDataset.load(data)
-    model = _go_on(init, device, chosen) if init is not None else new_embedder(device, seed, **chosen)
-    settings = replace(
-        settings, augment=Augment.named(augment or ("photo" if model.preprocess.channels > 1 else "ink"))
+    given = {"margin": margin, "mining": mining, "soft": soft or None, "label_smoothing": label_smoothing}
+    arguments = {name: value for name, value in given.items() if value is not None}
+    model, loss_function, miner_function = _loss_for(
+        model, dataset, loss, arguments, miner=miner, memory=memory, memory_warmup=memory_warmup, init=init
     )
-    given = {"margin": margin, "mining": mining, "label_smoothing": label_smoothing}
-    loss_function = build_loss(
-        loss,
-        num_classes=len(dataset.classes),
-        embedding_size=model.dim,
-        **{name: value for name, value in given.items() if value is not None},
-    )
-    if init is not None and needs_logits(loss_function) and model.network.projection is not None:
-        model = model.replace(projection=False)
-        warn(f"the projection of {init} is left out: {loss} trains the CLS token, which it would hide")
+    task: dict[str, Any] = {"loss": loss_function, "miner": miner_function, "config": settings}
+    if dry_run or find_rate:
+        return _print_plan(model, dataset, task, json) if dry_run else _print_rate(model, dataset, task, json)
     result = train_model(
         model,
         dataset,
-        loss=loss_function,
-        miner=build_miner(miner) if miner else None,
-        config=settings,
+        **task,
         out=out,
         overwrite=overwrite,
+        resume=resume,
+        trackers=tracker or (),
         progress=True,
     )
+    atomic_write(out / "settings.toml", settings_text(context, leave_out=("overwrite", "resume", "json")))
+    _print_result(result, model, out, data, json)
+    return None
+
+
+def _print_result(result: "TrainResult", model: "Embedder", out: Path, data: str, json: bool) -> None:
+    """Print how a training went, and what to do next."""
     figures: dict[str, Any] = {
         "model": str(out),
         "best epoch": result.best_epoch,
@@ -186,19 +290,71 @@ def train(
         figures["validation accuracy"] = result.accuracy
     if result.recall_at_1 is None:
         warn("nothing was held out, so nothing is known of how well the model does on new images")
+    if result.unreadable:
+        path, reason = next(iter(result.unreadable.items()))
+        warn(f"{len(result.unreadable)} images could not be read and were set aside; the first is {path}: {reason}")
     if json:
-        print_json({**figures, "history": result.history, "fingerprint": model.fingerprint})
+        told = {"diagnoses": result.diagnoses, "unreadable": result.unreadable}
+        print_json({**figures, **told, "history": result.history, "fingerprint": model.fingerprint})
     else:
         print_figures(figures)
         held_out = " --held-out" if model.provenance["held-out classes"] else ""
         typer.echo(f"\nNext: vitembed evaluate {out} {data}{held_out}")
 
 
-def _go_on(init: str, device: str | None, chosen: dict[str, Any]) -> "Embedder":
-    """Load the model to go on from, which decides on the network by itself, but for the size of the images."""
-    image_size = chosen.pop("image_size", None)
+def _print_plan(model: "Embedder", dataset: "ImageDataset", task: dict[str, Any], json: bool) -> None:
+    """Print what would be trained."""
+    from vitembed.training.plan import plan_training
+
+    plan = plan_training(model, dataset, **task)
+    print_json(plan.to_dict()) if json else print_figures(plan.figures())
+
+
+def _print_rate(model: "Embedder", dataset: "ImageDataset", task: dict[str, Any], json: bool) -> None:
+    """Print a learning rate that suits."""
+    from vitembed.training.rate_finder import find_learning_rate
+
+    curve = find_learning_rate(model, dataset, **task)
+    if json:
+        print_json({"learning_rate": curve.suggestion, "rates": curve.rates, "losses": curve.losses})
+    else:
+        print_figures({"learning rate": f"{curve.suggestion:.2g}"})
+
+
+def _loss_for(
+    model: "Embedder",
+    dataset: "ImageDataset",
+    loss: str,
+    arguments: dict[str, Any],
+    *,
+    miner: str | None,
+    memory: int | None,
+    memory_warmup: int,
+    init: str | None,
+) -> "tuple[Embedder, Any, Any]":
+    """Return the model as the loss wants it, the loss, and the miner, which a memory takes over."""
+    from vitembed.training import CrossBatchMemory, build_loss, build_miner
+    from vitembed.training.learner import needs_logits
+
+    function: Any = build_loss(loss, num_classes=len(dataset.classes), embedding_size=model.dim, **arguments)
+    chooser: Any = build_miner(miner) if miner else None
+    if memory is not None:
+        function, chooser = CrossBatchMemory(function, size=memory, miner=chooser, warmup=memory_warmup), None
+    elif memory_warmup:
+        raise ConfigError("--memory-warmup is of a cross-batch memory; add --memory with a number of embeddings")
+    if init is not None and needs_logits(function) and model.network.projection is not None:
+        model = model.replace(projection=False)
+        warn(f"the projection of {init} is left out: {loss} trains the CLS token, which it would hide")
+    return model, function, chooser
+
+
+def _go_on(init: str, device: str | None, seed: int, chosen: dict[str, Any]) -> "Embedder":
+    """Load the model to go on from, which decides on its network but for the size of the images and a projection."""
+    image_size, dim = chosen.pop("image_size", None), chosen.pop("dim", None)
     if chosen:
         options = ", ".join("--" + name.replace("_", "-") for name in chosen)
         raise ConfigError(f"--init takes the network of {init} as it is; leave {options} out")
     model = open_model(init, device)
-    return model if image_size is None else model.replace(image_size=image_size)
+    if image_size is None and dim is None:
+        return model
+    return model.replace(image_size=image_size, projection=dim, seed=seed)

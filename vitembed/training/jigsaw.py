@@ -39,12 +39,14 @@ from vitembed.images import list_images
 from vitembed.training.augment import Augment
 from vitembed.training.classification import ShuffledBatches
 from vitembed.training.config import Precision, Rule, check_settings
-from vitembed.training.datasets import ImageDataset, PixelDataset
-from vitembed.training.learner import Record
+from vitembed.training.datasets import ImageDataset
 from vitembed.training.outputs import check_out, make_folder, snapshot
+from vitembed.training.parameter_groups import parameter_groups
+from vitembed.training.pixels import LabelledPixels, PixelDataset
 from vitembed.training.provenance import origin
 from vitembed.training.puzzle import NOT_ASKED, PuzzleNet
 from vitembed.training.stepper import Stepper, check_finite
+from vitembed.training.validation import Record
 
 
 @dataclass(frozen=True)
@@ -201,14 +203,17 @@ class _Solver:
         self.steps = steps
         self._puzzles, self._device, self._config = puzzles, device, config
         self._random = torch.Generator().manual_seed(config.seed)
-        self._stepper = Stepper(puzzles, None, device, config, steps=steps)
+        groups = parameter_groups(
+            puzzles, None, device, learning_rate=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self._stepper = Stepper(groups, device, config, steps=steps)
 
     @property
     def learning_rate(self) -> float:
         """Rate of the next step."""
         return self._stepper.learning_rate
 
-    def run_epoch(self, batches: Iterable[tuple[Tensor, Tensor]], bar: Any) -> Record:
+    def run_epoch(self, batches: Iterable[LabelledPixels], bar: Any) -> Record:
         """Take a step a batch and return loss and accuracy, means over all asked tiles.
 
         Raises:
@@ -217,8 +222,8 @@ class _Solver:
         """
         self._puzzles.train()
         sums: list[Tensor] = []  # of loss, right answers and asked tiles, (3,) a step
-        for number, (pixels, _) in enumerate(batches):
-            sums.append(self._step(pixels))
+        for number, batch in enumerate(batches):
+            sums.append(self._step(batch.pixels))
             if number % 10 == 0:  # reading a figure waits for the device
                 loss, right, asked = sums[-1].tolist()
                 bar.set_postfix(
@@ -246,7 +251,7 @@ class _Solver:
         return torch.stack([loss.detach(), right.float(), asked.float()])  # not double, which MPS lacks
 
     @torch.inference_mode()
-    def judge(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    def judge(self, batches: Iterable[LabelledPixels]) -> tuple[float, float]:
         """Return the accuracy on images as they are, and that of the best constant answer; the same puzzles each time.
 
         Raises:
@@ -255,7 +260,7 @@ class _Solver:
         self._puzzles.eval()
         random = torch.Generator().manual_seed(self._config.seed)
         right, found = 0, torch.zeros(math.prod(self._puzzles.grid), dtype=torch.int64)
-        for pixels, _ in batches:
+        for pixels, _, _ in batches:
             puzzle, places = self._puzzles.puzzle(
                 pixels.to(self._device), mask=0.0, min_contrast=self._config.min_contrast, generator=random
             )

@@ -1,26 +1,55 @@
-"""What turns a batch into a step: network, loss, optimizer and the schedule of its rate."""
+"""What turns a batch into a step: augmentation, network, loss, gradient.
 
-from collections.abc import Callable, Iterable, Iterator
+A step is the same in all its forms. In several processes each has its share of the batch; with a gradient cache the
+share is embedded piece by piece; the loss is of the embeddings of the whole batch in any case, so that neither changes
+what is learned.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitembed.embedder import Embedder
 from vitembed.embedding_net import EmbeddingNet, compiling
+from vitembed.errors import ConfigError
+from vitembed.training.caching import cached_backward
 from vitembed.training.classification import accuracy_of
 from vitembed.training.config import TrainConfig
-from vitembed.training.stepper import Stepper, check_finite
+from vitembed.training.distributed import drawing_alike, gather_labels, gather_rows, rank, share_sizes
+from vitembed.training.parameter_groups import parameter_groups
+from vitembed.training.pixels import LabelledPixels
+from vitembed.training.signals import Signals, measure
+from vitembed.training.stepper import Stepper
 
-Record = dict[str, Any]  # the figures of one epoch, as they stand in history.json
 Loss = Callable[..., Tensor]  # loss(embeddings, labels, tuples) -> scalar, the contract of pytorch-metric-learning
 Miner = Callable[[Tensor, Tensor], Any]  # miner(embeddings, labels) -> tuples
+Outputs = tuple[Tensor | None, ...]  # (embeddings, logits or None)
+
+# What losses leave behind in a call, by the name that it has in a record.
+_LEFT_BY_LOSSES = {"active": "active_share", "drift": "drift", "age": "age"}
 
 
 def needs_logits(loss: Loss) -> bool:
     """Tell whether a loss is of the logits of a classification head: `loss(logits, labels)`."""
     return bool(getattr(loss, "needs_logits", False))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step leaves to look at.
+
+    Attributes:
+        figures: scalars by name, for which nothing waits: "loss", "positive_distance", "negative_distance"; "accuracy"
+            with a classification loss; "active", "drift" and "age" where the loss knows them.
+        signals: what was measured for the doctor, if it was to be.
+    """
+
+    figures: dict[str, Tensor]
+    signals: Signals | None
 
 
 class Learner:
@@ -34,59 +63,150 @@ class Learner:
         steps: how many there will be, for the schedule.
 
     Raises:
-        ConfigError: if several processes were launched.
+        ConfigError: if the settings and the network or the loss do not go together.
     """
 
     def __init__(self, model: Embedder, loss: Loss, miner: Miner | None, config: TrainConfig, *, steps: int) -> None:
         self.steps = steps
         self._network, self._loss, self._miner = model.network, loss, miner
-        self._forward = _forward(model.network, needs_logits(loss), config.compile)
-        self._augment = config.augment
+        self._classifies = needs_logits(loss)
+        self._forward = _forward(model.network, self._classifies, config.compile)
+        self._augment, self._chunk = config.augment, config.gradient_cache
         self._random = torch.Generator().manual_seed(config.seed)
         self._device = model.device
-        self._stepper = Stepper(model.network, loss, model.device, config, steps=steps)
+        groups = parameter_groups(
+            model.network,
+            loss,
+            model.device,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            layer_decay=config.fine_tune.layer_decay,
+            loss_learning_rate=config.loss_learning_rate,
+        )
+        self._stepper = Stepper(groups, model.device, config, steps=steps)
+        self._seed, self._taken = config.seed, 0  # steps
+        self._frozen = False
+        self._backbone = [p for p in _backbone(model.network) if p.requires_grad]
+        inside = {id(parameter) for parameter in self._backbone}
+        rest = [p for group in groups for p in group["params"] if p.requires_grad and id(p) not in inside]
+        if config.fine_tune.frozen_epochs and not rest:
+            raise ConfigError(
+                "with a frozen backbone there is nothing to train: give the model a projection (dim), use a loss that "
+                "has parameters or classifies, or set frozen_epochs to 0"
+            )
+
+    @property
+    def compares_images(self) -> bool:
+        """Whether the loss is of the distances of images, and not of what they have to proxies or classes."""
+        return not self._classifies and not (
+            isinstance(self._loss, nn.Module) and any(True for _ in self._loss.parameters())
+        )
 
     @property
     def learning_rate(self) -> float:
         """Rate of the next step."""
         return self._stepper.learning_rate
 
-    def run_epoch(self, batches: Iterable[tuple[Tensor, Tensor]], bar: Any) -> Record:
-        """Take a step a batch and return the means of the steps' figures.
+    def step(self, batch: LabelledPixels, *, look: bool = False) -> Step:
+        """Take one step.
+
+        Args:
+            batch: this process's share of a batch, on any device.
+            look: whether to measure signals for the doctor, which waits for the device.
 
         Raises:
-            TrainingError: if the loss becomes NaN or infinite.
             ConfigError: if the network cannot be compiled here.
         """
-        self._network.train()
-        steps: list[dict[str, Tensor]] = []
-        for number, (pixels, labels) in enumerate(batches):
-            steps.append(self._step(pixels, labels))
-            if number % 10 == 0:  # reading a figure waits for the device
-                shown = {name: f"{value.item():.3f}" for name, value in steps[-1].items()}
-                bar.set_postfix(shown, refresh=False)
-                check_finite(steps[-1]["loss"].item())
-            bar.update()
-        self._network.eval()
-        means = {name: torch.stack([step[name] for step in steps]).mean().item() for name in steps[0]}
-        check_finite(means["loss"])
-        return means
+        sizes = share_sizes(len(batch.labels))
+        start = sum(sizes[: rank()])
+        labels = gather_labels(batch.labels.to(self._device, non_blocking=True), sizes)
+        positions = gather_labels(batch.positions.to(self._device, non_blocking=True), sizes)
+        # Drawn for the whole batch, so that an image is changed the same way however many processes share the work.
+        changes = self._augment.draw(sum(sizes), _side_lengths(batch.pixels), self._random)[
+            start : start + sizes[rank()]
+        ]
 
-    def _step(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        pixels, labels = pixels.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
-        pixels = self._augment(pixels, self._random)  # outside of autocast, which would move pixels in bfloat16
-        with self._stepper.autocast():
-            embeddings, logits = self._forward(pixels)
-        if logits is None:
-            loss = self._loss(embeddings, labels, self._miner(embeddings, labels) if self._miner else None)
+        def outputs(share: Tensor) -> Outputs:
+            """Return embeddings (b, D) and logits (b, K) or None of images of the share, by their places in a row."""
+            part = slice(int(share[0]), int(share[-1]) + 1)
+            pixels = batch.pixels[part].to(self._device, non_blocking=True)
+            pixels = changes[part].apply(pixels)  # outside of autocast, which would move pixels in bfloat16
+            with self._stepper.autocast():
+                return self._forward(pixels)
+
+        def loss_of(outputs: Outputs) -> Tensor:
+            """Return the loss of the whole batch from the outputs for the share."""
+            embeddings, logits = outputs
+            with drawing_alike(self._seed + self._taken):
+                if logits is not None:
+                    return self._loss(gather_rows(logits, sizes), labels)
+                return self._metric_loss(gather_rows(_known(embeddings), sizes), labels, positions)
+
+        share = torch.arange(sizes[rank()])
+        if self._chunk is None:
+            embedded = outputs(share)
+            loss = loss_of(embedded)
+            self._stepper.backward(loss)
         else:
-            loss = self._loss(logits, labels)
-        self._stepper.step(loss)
-        figures = {"loss": loss.detach(), **_distances(embeddings.detach(), labels)}
-        if logits is not None:
-            figures["accuracy"] = accuracy_of(logits.detach(), labels)
-        active = getattr(self._loss, "active_share", None)
-        return figures if active is None else {**figures, "active": active}
+            embedded, loss = cached_backward(
+                outputs, torch.split(share, self._chunk), loss_of, self._stepper.backward, network=self._network
+            )
+        gradient = self._stepper.clip()
+        with torch.no_grad():
+            embeddings = gather_rows(_known(embedded[0]).detach(), sizes)
+            figures = {"loss": loss.detach(), **_distances(embeddings, labels)}
+            if embedded[1] is not None:
+                figures["accuracy"] = accuracy_of(gather_rows(embedded[1].detach(), sizes), labels)
+        for name, attribute in _LEFT_BY_LOSSES.items():
+            if (figure := getattr(self._loss, attribute, None)) is not None:
+                figures[name] = figure
+        signals = self._measure(embeddings, labels, figures, gradient) if look else None
+        self._stepper.advance()
+        self._taken += 1
+        return Step(figures, signals)
+
+    def _measure(self, embeddings: Tensor, labels: Tensor, figures: dict[str, Tensor], gradient: Tensor) -> Signals:
+        # Half precision finds its scale by overflowing now and then: no fault, and the step is skipped.
+        skipped = self._stepper.scales and not bool(gradient.isfinite())
+        own = getattr(self._loss, "batch_loss", None)  # with a memory the total is no longer to be held to a margin
+        return measure(
+            embeddings,
+            labels,
+            figures["loss"] if own is None else own,
+            active=figures.get("active"),
+            gradient=None if skipped else gradient,
+            learning_rate=self.learning_rate,
+            backbone=None if self._frozen else self._network.backbone,
+        )
+
+    def _metric_loss(self, embeddings: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        tuples = self._miner(embeddings, labels) if self._miner else None
+        if getattr(self._loss, "takes_positions", False):
+            return self._loss(embeddings, labels, tuples, positions)
+        return self._loss(embeddings, labels, tuples)
+
+    def freeze(self, frozen: bool) -> None:
+        """Keep the backbone as it is, or let what was trainable of it be trained again."""
+        self._frozen = frozen
+        for parameter in self._backbone:
+            parameter.requires_grad_(not frozen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the training is continued from, the network apart."""
+        return {
+            "stepper": self._stepper.state_dict(),
+            "steps": self._taken,
+            "augmentation": self._random.get_state(),
+            "loss": self._loss.state_dict() if isinstance(self._loss, nn.Module) else {},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` gave."""
+        self._stepper.load_state_dict(state["stepper"])
+        self._taken = state["steps"]
+        self._random.set_state(state["augmentation"])
+        if isinstance(self._loss, nn.Module):
+            self._loss.load_state_dict(state["loss"])
 
 
 @contextmanager
@@ -106,6 +226,13 @@ def cheaper_training(network: EmbeddingNet, config: TrainConfig) -> Iterator[Non
     finally:
         for name, value in before.items():
             setattr(network.vit, name, value)
+
+
+def _backbone(network: EmbeddingNet) -> Iterator[nn.Parameter]:
+    """Yield the parameters of a backbone without those of a classification head of its own."""
+    for name, parameter in network.backbone.named_parameters():
+        if not name.startswith(("head.", "pre_logits.", "head_dist.")):
+            yield parameter
 
 
 def _forward(
@@ -128,7 +255,6 @@ def _forward(
     return call
 
 
-@torch.no_grad()
 def _distances(embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Return the mean Euclidean distance of a batch's positives and of its negatives, from (B, D) unit rows."""
     distances = (2 - 2 * embeddings @ embeddings.T).clamp(min=0).sqrt()  # (B, B)
@@ -139,3 +265,15 @@ def _distances(embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
         "positive_distance": (distances * positives).sum() / positives.sum().clamp(min=1),
         "negative_distance": (distances * negatives).sum() / negatives.sum().clamp(min=1),
     }
+
+
+def _side_lengths(pixels: Tensor) -> tuple[int, int]:
+    """Return (height, width) of (B, C, H, W) pixels."""
+    return pixels.shape[-2], pixels.shape[-1]
+
+
+def _known(tensor: Tensor | None) -> Tensor:
+    """Return a tensor that is always there."""
+    if tensor is None:
+        raise RuntimeError("a network always gives embeddings")
+    return tensor

@@ -1,5 +1,6 @@
 """What a model records of where its weights come from, whatever is trained next."""
 
+import dataclasses
 import time
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 
 import vitembed
 from vitembed.embedder import Embedder
+from vitembed.training.arrangement import Arrangement
+from vitembed.training.learner import Loss, Miner
 
 BASE = "base"  # under which a trained model says whose checkpoint it started from
 _OF_A_CHECKPOINT = ("source", "family", "revision", "licence", "notes")
@@ -33,4 +36,25 @@ def origin(model: Embedder) -> dict[str, Any]:
         "initialised from": model.fingerprint if before else None,
         **({BASE: base} if base else {}),
         **{key: before[key] for key in _OF_PRETRAINING if key in before},
+    }
+
+
+def trained_from(model: Embedder, arranged: Arrangement, loss: Loss, miner: Miner | None) -> dict[str, Any]:
+    """Return what a model records of its training on labelled images, JSON types by name.
+
+    The classes that earlier trainings recorded stay trained. What the makers of a foreign checkpoint trained on is not
+    known, and a pre-training saw images without their classes: neither makes a class a trained one.
+    """
+    before, train_set, held_out = model.provenance, arranged.train_set, arranged.held_out
+    seen = set(before.get("trained classes", ())) | set(train_set.identities)
+    unseen = set(held_out.identities) - seen if held_out else set()
+    return {
+        **origin(model),
+        "training images": len(train_set),
+        "trained classes": sorted(seen),
+        "held-out classes": sorted(unseen),  # what an honest figure or threshold may be measured on
+        **({"classes": list(arranged.classes)} if arranged.classes else {}),  # in the order of the logits
+        "loss": str(loss),
+        "miner": None if miner is None else str(miner),
+        "settings": dataclasses.asdict(arranged.config),
     }

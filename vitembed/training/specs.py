@@ -1,25 +1,20 @@
 """A class and its arguments from one line of text: `MultiSimilarityLoss(alpha=2, base=0.5)`.
 
 The text is read as a Python call whose arguments are literals; nothing is evaluated. Arguments are checked before the
-class sees them, because pytorch-metric-learning hands unknown keywords from constructor to constructor and takes
-some mistyped values (`type_of_triplets="semi_hard"`) for another one.
+class sees them, because pytorch-metric-learning hands unknown keywords from constructor to constructor and takes most
+values as they come.
 """
 
 import ast
 import inspect
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from vitembed.errors import ConfigError, unknown_name
 
 _Made = TypeVar("_Made")
-
-# What pytorch-metric-learning accepts, for the parameters whose values it does not check itself.
-_CHOICES = {"type_of_triplets": ("all", "easy", "hard", "semihard"), "triplets_per_anchor": ("all",)}
-
-# Parameters that take a number beside the words above.
-_WORD_OR_NUMBER = {"triplets_per_anchor"}
 
 # Parameters whose values are objects, which a line of text cannot name.
 _OBJECTS = {"loss", "losses", "miner", "miners", "distance", "reducer", "weight_init_func"}
@@ -56,13 +51,20 @@ def parse_call(spec: str, kind: str) -> tuple[str, dict[str, object]]:
         raise ConfigError(wanted) from error
 
 
-def construct(cls: type[_Made], arguments: Mapping[str, object], offered: Mapping[str, object] | None = None) -> _Made:
+def construct(
+    cls: type[_Made],
+    arguments: Mapping[str, object],
+    offered: Mapping[str, object] | None = None,
+    check: Callable[[type, inspect.Parameter, object], bool] | None = None,
+) -> _Made:
     """Call a class with keyword arguments that are checked against its constructors.
 
     Args:
         cls: the class; where its constructor passes keywords on, its bases' constructors count, too.
         arguments: name to value.
         offered: values for parameters that the class requires and `arguments` lacks; the rest is left unused.
+        check: refuses a value of a class's parameter, or tells whether it knows the parameter; what it does not know is
+            checked by the type of the default.
 
     Raises:
         ConfigError: an argument is unknown, missing, of another type, or refused by the class.
@@ -71,13 +73,14 @@ def construct(cls: type[_Made], arguments: Mapping[str, object], offered: Mappin
     for name, value in arguments.items():
         if name not in parameters:
             raise unknown_name(f"argument of {cls.__name__}", name, parameters)
-        _check_value(cls.__name__, parameters[name], value)
+        if check is None or not check(cls, parameters[name], value):
+            _check_value(cls.__name__, parameters[name], value)
     required = [name for name, p in parameters.items() if p.default is p.empty]
     given = {name: value for name, value in (offered or {}).items() if name in required} | dict(arguments)
     try:
         # What a base requires its subclass may fill in itself, so that only the call can tell what is missing.
         return cls(**given)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, KeyError, AssertionError) as error:
         if isinstance(error, ConfigError):
             raise
         if missing := [name for name in required if name not in given and f"'{name}'" in str(error)]:
@@ -103,16 +106,18 @@ def _parameters(cls: type) -> dict[str, inspect.Parameter]:
 
 
 def _check_value(owner: str, parameter: inspect.Parameter, value: object) -> None:
-    """Refuse a value that is not of the default's type, or not one of the words that the parameter knows."""
+    """Refuse a value that is not of the default's type, or that a line of text cannot give."""
     name, default = parameter.name, parameter.default
     if name in _OBJECTS or name.endswith("_regularizer"):
         if value is not None:
             raise ConfigError(f"{owner}: {name} must be an object; build the {owner} in Python and pass it instead")
+    elif name.endswith("_reg_weight"):
+        raise ConfigError(f"{owner}: {name} weighs a regularizer, an object; build the {owner} in Python instead")
+    elif isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ConfigError(f"{owner}: {name} must be True or False; got {value!r}")
     elif isinstance(default, str):
-        is_number = isinstance(value, int) and not isinstance(value, bool)
-        if not isinstance(value, str) and not (is_number and name in _WORD_OR_NUMBER):
+        if not isinstance(value, str):
             raise ConfigError(f"{owner}: {name} must be a word such as {default!r}; got {value!r}")
-        if isinstance(value, str) and name in _CHOICES and value not in _CHOICES[name]:
-            raise unknown_name(f"{name} of {owner}", value, _CHOICES[name])
-    elif isinstance(value, str) or (isinstance(default, int | float) and not isinstance(value, int | float)):
-        raise ConfigError(f"{owner}: {name} must be a number; got {value!r}")
+    elif not (isinstance(value, int | float) and math.isfinite(value)) and (value is not None or default is not None):
+        raise ConfigError(f"{owner}: {name} must be a finite number; got {value!r}")

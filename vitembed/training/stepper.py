@@ -1,28 +1,21 @@
 """What every training here does with a loss: backward pass, clipping, optimizer, the schedule of its rate."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from torch import Tensor
 
-from vitembed.errors import ConfigError, TrainingError
+from vitembed.errors import TrainingError
+from vitembed.training.distributed import sum_gradients
 
 
 class StepConfig(Protocol):
     """What the configurations of all trainings have in common."""
-
-    @property
-    def learning_rate(self) -> float:
-        """The highest rate."""
-
-    @property
-    def weight_decay(self) -> float:
-        """Of matrices only; norms, biases, positions and single tokens are left alone."""
 
     @property
     def warmup(self) -> float:
@@ -41,58 +34,87 @@ class Stepper:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with a linear warm-up and a cosine, in mixed precision.
 
     Args:
-        network: what is trained.
-        loss: whose parameters are trained along, if it is a module that has some.
-        device: where the network is.
+        groups: what is trained, as `parameter_groups` sorts it.
+        device: where it is.
         config: the settings.
         steps: how many there will be.
-
-    Raises:
-        ConfigError: if several processes were launched.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        loss: Callable[..., Tensor] | None,
-        device: torch.device,
-        config: StepConfig,
-        *,
-        steps: int,
-    ) -> None:
+    def __init__(self, groups: list[dict[str, Any]], device: torch.device, config: StepConfig, *, steps: int) -> None:
         # accelerate keeps its settings for the whole process; an earlier training may have had others.
         AcceleratorState._reset_state(reset_partial_state=True)
         self._accelerator = Accelerator(
             mixed_precision=_mixed_precision(config.precision, device), cpu=device.type == "cpu"
         )
-        if self._accelerator.num_processes > 1:
-            raise ConfigError("training runs in one process; start it without `accelerate launch`")
-        groups = _parameter_groups(network, loss, device, config.weight_decay)
+        self._of_network = [parameter for group in groups if not group["of_loss"] for parameter in group["params"]]
         self._parameters = [parameter for group in groups for parameter in group["params"]]
         self._clip = config.clip
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
         rising = int(config.warmup * steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, rising, steps))
         # The network itself is not prepared: accelerate would wrap its `forward` in mixed precision for good, and the
         # embedder would then give other vectors than the model that is saved.
-        self._optimizer, self._schedule = self._accelerator.prepare(optimizer, schedule)
+        self._optimizer = self._accelerator.prepare(torch.optim.AdamW(groups))
+        # Nor is the schedule, which accelerate would let run as many times as fast as there are processes.
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer.optimizer, lambda step: _rate(step, rising, steps)
+        )
 
     @property
     def learning_rate(self) -> float:
-        """Rate of the next step."""
-        return float(self._schedule.get_last_lr()[0])
+        """Rate of the next step, the highest of the network's groups."""
+        rates = self._schedule.get_last_lr()
+        groups = self._optimizer.param_groups
+        return max(float(rate) for rate, group in zip(rates, groups, strict=True) if not group["of_loss"])
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which the forward pass runs in the wanted precision."""
         return self._accelerator.autocast()  # type: ignore[no-any-return]
 
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a scalar to those of the parameters, scaled where the precision needs it."""
+        self._accelerator.backward(loss)
+
+    @property
+    def scales(self) -> bool:
+        """Whether losses are scaled, as half precision wants, and steps skipped while the scale is too large."""
+        return self._accelerator.scaler is not None
+
+    def clip(self) -> Tensor:
+        """Clip the gradient, and return its norm before that, a scalar.
+
+        Where several processes train together, each has the gradient of its own images, and now has that of all.
+        """
+        sum_gradients(self._of_network)
+        norm: Tensor = self._accelerator.clip_grad_norm_(self._parameters, self._clip)
+        return norm.detach()
+
+    def advance(self) -> None:
+        """Take one step down the clipped gradient, and forget it."""
+        self._optimizer.step()
+        if not self._optimizer.step_was_skipped:  # as it is when numbers of half precision overflow
+            self._schedule.step()
+        self._optimizer.zero_grad()
+
     def step(self, loss: Tensor) -> None:
         """Take one step down the gradient of a scalar."""
-        self._accelerator.backward(loss)
-        self._accelerator.clip_grad_norm_(self._parameters, self._clip)
-        self._optimizer.step()
-        self._schedule.step()
-        self._optimizer.zero_grad()
+        self.backward(loss)
+        self.clip()
+        self.advance()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the optimizer and its schedule are continued from."""
+        scaler = self._accelerator.scaler
+        return {
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` gave."""
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(state["scaler"])
 
 
 def check_finite(loss: float) -> None:
@@ -106,20 +128,6 @@ def check_finite(loss: float) -> None:
             f"the loss became {loss}: lower the learning rate, or use precision fp32; "
             "the model has the weights that were kept of an epoch before this, if it ended one"
         )
-
-
-def _parameter_groups(
-    network: nn.Module, loss: Callable[..., Tensor] | None, device: torch.device, weight_decay: float
-) -> list[dict[str, Any]]:
-    """Decay matrices; leave norms, biases, positions and single tokens alone. A loss may have parameters as well."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in network.named_parameters():
-        plain = parameter.ndim < 2 or name.endswith(("pos_embed", "_token"))
-        (others if plain else matrices).append(parameter)
-    if isinstance(loss, nn.Module):
-        others += list(loss.to(device).parameters())
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def _rate(step: int, warmup: int, steps: int) -> float:

@@ -1,0 +1,75 @@
+"""The pixels of a training and the batches that they come in, this process's share of them."""
+
+from dataclasses import dataclass
+
+from vitembed.decoding import default_workers
+from vitembed.embedder import Embedder
+from vitembed.training.arrangement import Arrangement
+from vitembed.training.datasets import ImageDataset
+from vitembed.training.distributed import rank, world_size
+from vitembed.training.pixels import PixelDataset
+from vitembed.training.sampling import Batches, ClassBalancedSampler, EpochBatches, Ints
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The images of a training.
+
+    Attributes:
+        pixels: of the images to train on.
+        validation: of those that are held out; None if none are.
+        sampler: which positions of `pixels` meet in each step.
+        batches: this process's share of them, from any place of an epoch on.
+        classes: what the network learns to name, in the order of the logits; empty for a loss of embeddings.
+        workers: processes that decode images.
+    """
+
+    pixels: PixelDataset
+    validation: PixelDataset | None
+    sampler: Batches
+    batches: EpochBatches
+    classes: tuple[str, ...]
+    workers: int
+
+    @classmethod
+    def of(cls, model: Embedder, arranged: Arrangement) -> "TrainingData":
+        """Read the pixels that fit into memory, and set aside what cannot be read.
+
+        Args:
+            model: whose pre-processing is applied.
+            arranged: what is trained on.
+
+        Raises:
+            ImageError: if too many images cannot be read.
+        """
+        config = arranged.config
+        workers = default_workers() if config.workers is None else config.workers
+
+        def read(dataset: ImageDataset) -> PixelDataset:
+            """Return the pixels of one side of the split."""
+            allowed = config.safeguards.max_unreadable
+            return PixelDataset(dataset, model.preprocess, workers=workers, max_unreadable=allowed)
+
+        return cls(
+            read(arranged.train_set),
+            read(arranged.held_out) if arranged.held_out else None,
+            arranged.sampler,
+            EpochBatches(arranged.sampler, rank=rank(), world_size=world_size()),
+            tuple(arranged.classes),
+            workers,
+        )
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """The images that could not be read so far, and why."""
+        return {**self.pixels.unreadable, **(self.validation.unreadable if self.validation else {})}
+
+    @property
+    def neighbours(self) -> Ints | None:
+        """The hard neighbours that batches are made of, (N, m) positions; None for none."""
+        return self.sampler.neighbours if isinstance(self.sampler, ClassBalancedSampler) else None
+
+    def use_neighbours(self, neighbours: Ints | None) -> None:
+        """Make the batches to come of hard neighbours; None for batches at random."""
+        if isinstance(self.sampler, ClassBalancedSampler):
+            self.sampler.neighbours = neighbours
