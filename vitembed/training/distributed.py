@@ -15,15 +15,28 @@ others must be called by all of them, in the same order.
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from accelerate.state import PartialState
 from torch import Tensor, nn
 
 from vitembed.errors import TrainingError, VectorError
 
 _Value = TypeVar("_Value")
+
+
+def join_processes(device: torch.device) -> None:
+    """Meet the processes that were launched together with this one, by `torchrun` or `accelerate launch`.
+
+    Until then each believes itself alone.
+
+    Args:
+        device: where this process works, which decides how they talk to each other.
+    """
+    PartialState._reset_state()  # an earlier training may have worked on another device
+    PartialState(cpu=device.type == "cpu")
 
 
 def rank() -> int:
@@ -129,6 +142,11 @@ def gather_labels(labels: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     return gather_rows(labels, sizes)
 
 
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor over the processes; its gradient is summed over them as well."""
+    return cast(Tensor, _Sum.apply(tensor)) if _several() else tensor
+
+
 def sum_gradients(parameters: Iterable[nn.Parameter], *, bucket_bytes: int = 32 * 2**20) -> None:
     """Replace the gradients by their sums over the processes, before they are unscaled or clipped.
 
@@ -200,6 +218,26 @@ def digest(tensor: Tensor) -> str:
     state = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     state.update(flat.view(torch.uint8).numpy().data)
     return state.hexdigest()[:16]
+
+
+class _Sum(torch.autograd.Function):
+    """A sum over processes: what one of them adds to it concerns the losses of all."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        """Return the sum."""
+        return _summed(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Return the sum of what the processes want of it."""
+        return _summed(grad)
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    sent = tensor.detach().to(_wire(), copy=True).contiguous()
+    dist.all_reduce(sent)
+    return sent.to(tensor.device)
 
 
 def _initialised() -> bool:

@@ -148,8 +148,10 @@ class Learner:
             loss = loss_of(embedded)
             self._stepper.backward(loss)
         else:
+            # As many chunks in all processes, which may have to meet in each.
+            number = min(-(-max(sizes) // self._chunk), min(sizes))
             embedded, loss = cached_backward(
-                outputs, torch.split(share, self._chunk), loss_of, self._stepper.backward, network=self._network
+                outputs, torch.tensor_split(share, number), loss_of, self._stepper.backward, network=self._network
             )
         gradient = self._stepper.clip()
         with torch.no_grad():

@@ -19,7 +19,7 @@ from vitembed.training.checkpoints import seed_everything
 from vitembed.training.classification import fit_head
 from vitembed.training.config import TrainConfig
 from vitembed.training.datasets import ImageDataset
-from vitembed.training.distributed import any_process, check_same_weights, from_main, on_main, rank
+from vitembed.training.distributed import any_process, check_same_weights, from_main, join_processes, on_main, rank
 from vitembed.training.identity import identity
 from vitembed.training.interruption import Termination, deferred_termination
 from vitembed.training.learner import Loss, Miner, Step, cheaper_training
@@ -28,6 +28,7 @@ from vitembed.training.outputs import check_out
 from vitembed.training.provenance import trained_from
 from vitembed.training.run import Run
 from vitembed.training.run_files import RunFiles
+from vitembed.training.shared_norms import shared_norms
 from vitembed.training.trackers import Trackers, open_tracker
 from vitembed.training.training_data import TrainingData
 from vitembed.training.validation import Record
@@ -98,6 +99,7 @@ def train(
         TrainingError: if `out` holds a model already, the loss becomes NaN or infinite, the doctor finds the training
             past hope, or a checkpoint cannot be saved; after SIGTERM, where its handler lets the process live.
     """
+    join_processes(model.device)
     loss = loss or TripletLoss()
     folder = check_out(out, overwrite, resume=resume)
     arranged = arrange(model, dataset, loss, miner, config or TrainConfig())
@@ -115,6 +117,7 @@ def train(
 
     with (
         cheaper_training(model.network, config),
+        shared_norms(model.network),
         deferred_termination() as termination,
         open_tracker(trackers, folder, described, step=run.step) as tracker,
         tqdm(total=run.learner.steps, initial=run.step, unit="batch", disable=not progress or not on_main()) as bar,
