@@ -83,6 +83,11 @@ class Run:
         return self._data.pixels.dataset
 
     @property
+    def unreadable(self) -> dict[str, str]:
+        """The images that could not be read so far, and why."""
+        return self._data.unreadable
+
+    @property
     def best(self) -> Record:
         """The record of the best epoch."""
         return self.history[self.best_epoch - 1]

@@ -3,6 +3,8 @@
 In several processes the first one writes and the others look on.
 """
 
+import csv
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,12 +95,22 @@ class RunFiles:
         if self.folder and on_main():
             write_suspects(self.folder / SUSPECTS, self._run.dataset, mined)
 
+    def _write_unreadable(self, folder: Path) -> None:
+        """Write the images that were set aside because they cannot be read, if there are any."""
+        if not self._run.unreadable:
+            return
+        text = io.StringIO(newline="")
+        table = csv.writer(text, lineterminator="\n")
+        table.writerows([("path", "reason"), *self._run.unreadable.items()])
+        atomic_write(folder / UNREADABLE, text.getvalue())
+
     def end_epoch(self) -> None:
         """Write the model, if it is the best so far, and the history; then a checkpoint."""
         if self.folder and on_main():
             if self._run.best_epoch == len(self._run.history):
                 self._run.save_best(self.folder)
             atomic_write(self.folder / "history.json", json.dumps(self._run.history, indent=1) + "\n")
+            self._write_unreadable(self.folder)
             atomic_write(self.folder / "curve.png", plot_history(self._run.history, self._run.best_epoch))
         self.save()
 
