@@ -39,6 +39,8 @@ def test_train_reports_the_best_epoch_and_saves_everything(cli: Runner, world: P
         "curve.png",
         "history.json",
         "model.safetensors",
+        "checkpoints",
+        "settings.toml",
     }
     text = cli("train", world / "data", "--out", tmp_path / "n", *TRAIN)
     assert "validation recall@1" in text.out

@@ -223,8 +223,6 @@ def train(
     Example: vitembed train birds/ --out runs/birds --init torchvision:vit_b_16 --loss cross-entropy --lr 3e-5
 
     Example: vitembed train photos/ --out runs/photos --resume
-
-    Example: vitembed train --config runs/photos/settings.toml --out runs/again
     """
     from vitembed.training import Augment, FineTune, HardNegatives, Safeguards, TrainConfig, load_source
     from vitembed.training import train as train_model
@@ -316,7 +314,7 @@ def _print_rate(model: "Embedder", dataset: "ImageDataset", task: dict[str, Any]
 
     curve = find_learning_rate(model, dataset, **task)
     if json:
-        print_json({"learning_rate": curve.suggestion, "rates": curve.rates, "losses": curve.losses})
+        print_json({"learning_rate": curve.suggestion, "rates": list(curve.rates), "losses": list(curve.losses)})
     else:
         print_figures({"learning rate": f"{curve.suggestion:.2g}"})
 

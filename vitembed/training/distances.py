@@ -161,7 +161,7 @@ class Distances:
 
 
 def default_block(device: torch.device) -> int:
-    """Return the side of a block of distances that suits the cache of a processor or keeps a GPU busy (measured)."""
+    """Return the side of a block of distances: what fits a processor's cache, or is large enough for a GPU."""
     return 768 if device.type == "cpu" else 4096
 
 

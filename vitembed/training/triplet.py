@@ -35,7 +35,8 @@ MININGS: dict[str, tuple[tuple[int, str], ...]] = {
 # In the place of the squared distance of images of one class: beyond every threshold, and finite, since 0 * inf is NaN.
 _FAR = 1e30
 
-# From this many positives an anchor, a binary search of the sorted thresholds beats one comparison each (measured).
+# From this many positives an anchor, a binary search of the sorted thresholds beats one comparison each (measured on a
+# CPU).
 SEARCH_FROM = 128
 
 
