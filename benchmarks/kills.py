@@ -75,6 +75,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--window", type=float, default=6.0, help="seconds within which a process is killed")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     moments = random.Random(args.seed)
@@ -87,7 +88,7 @@ def main() -> int:
         kills = 0
         while kills < args.kills:
             process = start(pieces, args.epochs)
-            time.sleep(moments.uniform(0, 2.5 * length / args.kills))
+            time.sleep(moments.uniform(0, args.window))
             process.send_signal(signal.SIGKILL)
             process.communicate()
             if process.returncode == 0:

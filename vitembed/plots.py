@@ -57,6 +57,31 @@ def plot_history(history: Sequence[Mapping[str, Any]], best_epoch: int) -> bytes
     return _png(figure)
 
 
+def plot_rates(rates: ArrayLike, losses: ArrayLike, suggestion: float, *, smoothed: ArrayLike | None = None) -> bytes:
+    """Draw a learning-rate range test: the loss over the rate, and what is suggested.
+
+    Args:
+        rates: (S,) learning rates, above 0; drawn on a logarithmic scale.
+        losses: (S,) the loss at each.
+        suggestion: marked by a line.
+        smoothed: (S,) the smoothed loss; then the plain one is drawn as dots.
+
+    Returns:
+        A PNG.
+    """
+    figure, (axes,) = _figure(1, size=(6, 3.6))
+    if smoothed is None:
+        axes.plot(rates, losses, color=ACCENT)
+    else:
+        axes.plot(rates, losses, color=FAINT, linestyle="none", marker=".", markersize=4, label="each step")
+        axes.plot(rates, smoothed, color=ACCENT, label="smoothed")
+    axes.axvline(suggestion, color=MATCH, linestyle=":", linewidth=1.2, label=f"suggestion {suggestion:.1e}")
+    axes.set_xscale("log")
+    axes.set(xlabel="learning rate", ylabel="mean of all terms of the loss")
+    axes.legend(frameon=False, fontsize=8)
+    return _png(figure)
+
+
 def plot_score_histogram(scores: ArrayLike, is_match: ArrayLike, threshold: float) -> bytes:
     """Draw how the scores of matching and of non-matching pairs are distributed, with the threshold between them.
 

@@ -96,13 +96,6 @@ class Learner:
             )
 
     @property
-    def compares_images(self) -> bool:
-        """Whether the loss is of the distances of images, and not of what they have to proxies or classes."""
-        return not self._classifies and not (
-            isinstance(self._loss, nn.Module) and any(True for _ in self._loss.parameters())
-        )
-
-    @property
     def learning_rate(self) -> float:
         """Rate of the next step."""
         return self._stepper.learning_rate

@@ -62,7 +62,7 @@ class Run:
         self._model, self._data, self._config, self._provenance = model, data, config, dict(provenance)
         self.learner = Learner(model, loss, miner, config, steps=config.epochs * len(data.batches))
         self._average = MovingAverage(model.network, config.ema) if config.ema is not None else None
-        self._doctor = CollapseDoctor(margin=_margin(loss), needs_pairs=self.learner.compares_images)
+        self._doctor = CollapseDoctor.of_loss(loss)
         self.history: list[Record] = []
         self.diagnoses: list[str] = []
         self.best_epoch = 0
@@ -254,12 +254,6 @@ class Run:
         self._data.use_neighbours(None if neighbours is None else neighbours.numpy())
         self._data.pixels.unreadable.update(state["unreadable"])
         restore_random_states(state["random"][rank()])
-
-
-def _margin(loss: Loss) -> float | None:
-    """Return the margin of a loss of distances that is equal to it when positives and negatives are equally far."""
-    margin = getattr(loss, "margin", None)
-    return float(margin) if isinstance(margin, int | float) and not getattr(loss, "soft", False) else None
 
 
 def _mean(name: str, figures: Tensor) -> float | None:
