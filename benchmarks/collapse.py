@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from vitembed.embedder import Embedder
 from vitembed.preprocess import Preprocess
 from vitembed.training import ClassBalancedSampler, ContrastiveLoss, TripletLoss
-from vitembed.training.collapse import CollapseDoctor, Diagnosis
-from vitembed.training.signals import measure
+from vitembed.training.health.collapse import CollapseDoctor, Diagnosis
+from vitembed.training.health.signals import measure
 from vitembed.vit import ViTConfig
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -27,7 +27,7 @@ from pytorch_metric_learning import losses, miners
 from timing import alternate, machine
 from torch import Tensor
 
-from vitembed.training.losses import TripletLoss
+from vitembed.training.losses.metric import TripletLoss
 
 MARGIN = 0.2
 PULL = {"random": 0.0, "half trained": 0.7}

@@ -35,10 +35,11 @@ from torch import Tensor, nn
 from vitembed.embedder import Embedder
 from vitembed.embedding_net import EmbeddingNet
 from vitembed.preprocess import Preprocess
-from vitembed.training import ImageDataset, TrainConfig, TripletLoss, pixels
+from vitembed.training import ImageDataset, TrainConfig, TripletLoss
+from vitembed.training.data import pixels
+from vitembed.training.data.pixels import LabelledPixels, PixelDataset
+from vitembed.training.data.sampling import ClassBalancedSampler
 from vitembed.training.learner import Learner
-from vitembed.training.pixels import LabelledPixels, PixelDataset
-from vitembed.training.sampling import ClassBalancedSampler
 from vitembed.vit import ViT
 
 TIMM = {"Ti/16": "tiny_patch16", "S/16": "small_patch16", "B/16": "base_patch16", "B/32": "base_patch32"}

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from vitembed.errors import TrainingError, VectorError
 from vitembed.training import distributed
 from vitembed.training.caching import cached_backward
-from vitembed.training.losses import TripletLoss
-from vitembed.training.memory import CrossBatchMemory
+from vitembed.training.losses.memory import CrossBatchMemory
+from vitembed.training.losses.metric import TripletLoss
 
 SHARES = (5, 8)  # images of each process: ragged
 LABELS = torch.arange(sum(SHARES)) // 3

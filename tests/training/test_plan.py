@@ -18,8 +18,8 @@ from vitembed.embedding_net import EmbeddingNet, ForeignBackbone
 from vitembed.errors import ConfigError, DataError, ImageError
 from vitembed.preprocess import Preprocess
 from vitembed.training import Augment, CrossEntropyLoss, ImageDataset, TrainConfig, TripletLoss, costs, plan, train
+from vitembed.training.data.pixels import LabelledPixels
 from vitembed.training.learner import Learner
-from vitembed.training.pixels import LabelledPixels
 from vitembed.training.plan import TrainingPlan, plan_training
 from vitembed.vit import ViTConfig
 

@@ -18,8 +18,8 @@ from vitembed.errors import ConfigError, TrainingError
 from vitembed.plots import plot_rates
 from vitembed.preprocess import Preprocess
 from vitembed.training import Augment, ContrastiveLoss, CrossEntropyLoss, TrainConfig, TripletLoss
+from vitembed.training.data.sampling import ClassBalancedSampler
 from vitembed.training.rate_finder import HIGHEST, LOWEST, _conclude, _smooth, _until_it_diverges, find_learning_rate
-from vitembed.training.sampling import ClassBalancedSampler
 from vitembed.vit import ViTConfig
 
 SMALL: dict[str, Any] = {"classes_per_batch": 4, "images_per_class": 4, "workers": 0}

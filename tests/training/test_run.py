@@ -26,7 +26,7 @@ from vitembed.training import (
     run,
     train,
 )
-from vitembed.training.collapse import Diagnosis
+from vitembed.training.health.collapse import Diagnosis
 from vitembed.training.learner import Learner
 
 QUICK: dict[str, Any] = {"epochs": 2, "classes_per_batch": 4, "images_per_class": 4, "workers": 0}
@@ -110,7 +110,7 @@ def test_a_broken_image_is_set_aside_and_reported(
     in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not in_memory:
-        monkeypatch.setattr("vitembed.training.pixels.MAX_CACHE_BYTES", 0)
+        monkeypatch.setattr("vitembed.training.data.pixels.MAX_CACHE_BYTES", 0)
     dataset = pictures(tmp_path / "data", broken=2)
     config = TrainConfig(**QUICK, validation="none", safeguards=Safeguards(max_unreadable=0.05))
     result = train(embedder(), dataset, config=config, out=tmp_path / "run")
@@ -129,7 +129,7 @@ def test_too_many_broken_images_stop_the_training(tmp_path: Path) -> None:
 
 
 def test_an_epoch_whose_batches_are_all_broken_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitembed.training.pixels.MAX_CACHE_BYTES", 0)
+    monkeypatch.setattr("vitembed.training.data.pixels.MAX_CACHE_BYTES", 0)
     dataset = pictures(tmp_path, broken=80)
     config = TrainConfig(**QUICK, validation="none", safeguards=Safeguards(max_unreadable=0.9999))
     with pytest.raises((TrainingError, ImageError), match="read"):

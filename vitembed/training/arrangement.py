@@ -11,10 +11,10 @@ from vitembed.embedder import Embedder
 from vitembed.errors import ConfigError, DataError
 from vitembed.training.classification import ShuffledBatches, check_classifiable
 from vitembed.training.config import TrainConfig
-from vitembed.training.datasets import ImageDataset
+from vitembed.training.data.datasets import ImageDataset
+from vitembed.training.data.sampling import ClassBalancedSampler
 from vitembed.training.hard_negatives import require_search
 from vitembed.training.learner import Loss, Miner, needs_logits
-from vitembed.training.sampling import ClassBalancedSampler
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def _save(state: Mapping[str, Any], file: BinaryIO) -> None:
     """
     noting = _Noting(file)
     try:
-        torch.save(dict(state), noting)  # type: ignore[arg-type] - it asks for no more than this
+        torch.save(dict(state), noting)  # type: ignore[arg-type]  # it asks for no more than this
     except RuntimeError as error:
         if noting.error is None:
             raise

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vitembed.embedder import Embedder
 from vitembed.errors import ConfigError, DataError, VectorError
 from vitembed.training.config import Head
-from vitembed.training.datasets import ImageDataset
+from vitembed.training.data.datasets import ImageDataset
 from vitembed.vit import ViT
 
 

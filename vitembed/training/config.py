@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vitembed.errors import ConfigError, unknown_name
-from vitembed.training.augment import Augment
-from vitembed.training.datasets import VALIDATIONS, Validation
+from vitembed.training.data.augment import Augment
+from vitembed.training.data.datasets import VALIDATIONS, Validation
 from vitembed.training.hard_negatives import HardNegatives
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -94,8 +94,8 @@ class Safeguards:
             end of each epoch, and on SIGTERM, in any case.
         checkpoint_minutes: and after so many minutes; what a crash may cost.
         checkpoints_kept: the latest of them that stay. Each is about four times as large as the model.
-        on_collapse: "stop" a training that the doctor finds past hope (see `vitembed.training.collapse`), or only
-            "warn" of it.
+        on_collapse: "stop" a training that the doctor finds past hope (see `vitembed.training.health`), or only "warn"
+            of it.
         max_unreadable: share of the images, in [0, 1], that may turn out unreadable: these are set aside and reported.
             When there are more, the training stops; with 0 the first one stops it.
 

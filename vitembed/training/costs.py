@@ -18,7 +18,7 @@ from vitembed.embedding_net import EmbeddingNet, evaluating
 from vitembed.errors import ImageError
 from vitembed.preprocess import Preprocess
 from vitembed.training.config import TrainConfig
-from vitembed.training.datasets import ImageDataset
+from vitembed.training.data.datasets import ImageDataset
 from vitembed.training.learner import Loss, Miner, cheaper_training, needs_logits
 
 _ENOUGH = 0.25  # seconds: in what takes less, the clock and what comes once a call weigh too much

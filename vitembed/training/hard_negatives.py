@@ -26,7 +26,7 @@ from vitembed.errors import ConfigError, DataError, VectorError
 from vitembed.files import atomic_write
 from vitembed.images import ImageSource
 from vitembed.index import ann
-from vitembed.training.datasets import ImageDataset
+from vitembed.training.data.datasets import ImageDataset
 from vitembed.training.label_errors import VOTES, Suspect, find_suspects
 
 Bools = NDArray[np.bool_]

@@ -14,7 +14,7 @@ from vitembed.embedder import Embedder
 from vitembed.embedding_net import EmbeddingNet
 from vitembed.errors import CheckpointError
 from vitembed.training.config import TrainConfig
-from vitembed.training.datasets import ImageDataset
+from vitembed.training.data.datasets import ImageDataset
 from vitembed.training.distributed import world_size
 from vitembed.training.learner import Loss, Miner
 from vitembed.vit import ViT

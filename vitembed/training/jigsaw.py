@@ -36,13 +36,13 @@ from vitembed.embedder import Embedder
 from vitembed.errors import DataError
 from vitembed.files import atomic_write
 from vitembed.images import list_images
-from vitembed.training.augment import Augment
 from vitembed.training.classification import ShuffledBatches
 from vitembed.training.config import Precision, Rule, check_settings
-from vitembed.training.datasets import ImageDataset
+from vitembed.training.data.augment import Augment
+from vitembed.training.data.datasets import ImageDataset
+from vitembed.training.data.pixels import LabelledPixels, PixelDataset
 from vitembed.training.outputs import check_out, make_folder, snapshot
 from vitembed.training.parameter_groups import parameter_groups
-from vitembed.training.pixels import LabelledPixels, PixelDataset
 from vitembed.training.provenance import origin
 from vitembed.training.puzzle import NOT_ASKED, PuzzleNet
 from vitembed.training.stepper import Stepper, check_finite

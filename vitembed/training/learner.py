@@ -19,10 +19,10 @@ from vitembed.errors import ConfigError
 from vitembed.training.caching import cached_backward
 from vitembed.training.classification import accuracy_of
 from vitembed.training.config import TrainConfig
+from vitembed.training.data.pixels import LabelledPixels
 from vitembed.training.distributed import drawing_alike, gather_labels, gather_rows, rank, share_sizes
+from vitembed.training.health.signals import Signals, measure
 from vitembed.training.parameter_groups import parameter_groups
-from vitembed.training.pixels import LabelledPixels
-from vitembed.training.signals import Signals, measure
 from vitembed.training.stepper import Stepper
 
 Loss = Callable[..., Tensor]  # loss(embeddings, labels, tuples) -> scalar, the contract of pytorch-metric-learning

@@ -18,12 +18,12 @@ from vitembed.training.arrangement import arrange
 from vitembed.training.checkpoints import seed_everything
 from vitembed.training.classification import fit_head
 from vitembed.training.config import TrainConfig
-from vitembed.training.datasets import ImageDataset
+from vitembed.training.data.datasets import ImageDataset
 from vitembed.training.distributed import any_process, check_same_weights, from_main, join_processes, on_main, rank
 from vitembed.training.identity import identity
 from vitembed.training.interruption import Termination, deferred_termination
 from vitembed.training.learner import Loss, Miner, Step, cheaper_training
-from vitembed.training.losses import TripletLoss
+from vitembed.training.losses.metric import TripletLoss
 from vitembed.training.outputs import check_out
 from vitembed.training.provenance import trained_from
 from vitembed.training.run import Run

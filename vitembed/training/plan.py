@@ -20,15 +20,15 @@ from vitembed.decoding import default_workers
 from vitembed.embedder import Embedder
 from vitembed.embedding_net import EmbeddingNet
 from vitembed.training.arrangement import Arrangement, arrange
-from vitembed.training.augment import Augment
 from vitembed.training.caching import RandomStates
 from vitembed.training.classification import fit_head
 from vitembed.training.config import TrainConfig
 from vitembed.training.costs import StepCosts, measure_step, seconds_to_read
-from vitembed.training.datasets import ImageDataset
+from vitembed.training.data.augment import Augment
+from vitembed.training.data.datasets import ImageDataset
+from vitembed.training.data.pixels import MAX_CACHE_BYTES
 from vitembed.training.learner import Learner, Loss, Miner
-from vitembed.training.losses import TripletLoss
-from vitembed.training.pixels import MAX_CACHE_BYTES
+from vitembed.training.losses.metric import TripletLoss
 from vitembed.vit import ViT
 
 _LOOK_AHEAD = 20  # batches whose sizes are looked at

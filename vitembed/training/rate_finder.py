@@ -29,10 +29,10 @@ from vitembed.embedder import Embedder
 from vitembed.errors import ConfigError, TrainingError
 from vitembed.training.classification import ShuffledBatches, check_classifiable, fit_head
 from vitembed.training.config import TrainConfig
-from vitembed.training.datasets import ImageDataset
-from vitembed.training.losses import TripletLoss
-from vitembed.training.pixels import PixelDataset
-from vitembed.training.sampling import ClassBalancedSampler
+from vitembed.training.data.datasets import ImageDataset
+from vitembed.training.data.pixels import PixelDataset
+from vitembed.training.data.sampling import ClassBalancedSampler
+from vitembed.training.losses.metric import TripletLoss
 
 Floats = NDArray[np.float64]
 

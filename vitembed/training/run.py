@@ -18,11 +18,11 @@ from vitembed.embedder import Embedder
 from vitembed.errors import TrainingError
 from vitembed.training.averaging import MovingAverage
 from vitembed.training.checkpoints import random_states, restore_random_states
-from vitembed.training.collapse import CollapseDoctor, Diagnosis
 from vitembed.training.config import TrainConfig
-from vitembed.training.datasets import ImageDataset
+from vitembed.training.data.datasets import ImageDataset
 from vitembed.training.distributed import any_process, gather_objects, rank
 from vitembed.training.hard_negatives import HardNegatives, Mined, embed_all, find_hard_negatives
+from vitembed.training.health.collapse import CollapseDoctor, Diagnosis
 from vitembed.training.learner import Learner, Loss, Miner, Step
 from vitembed.training.outputs import snapshot
 from vitembed.training.stepper import check_finite

@@ -36,7 +36,7 @@ def shared_norms(network: nn.Module) -> Iterator[None]:
 def _forward(norm: _BatchNorm, x: Tensor) -> Tensor:
     """Normalise (B, C, ...) by the statistics of all processes (Ioffe and Szegedy 2015, arXiv:1502.03167)."""
     if not norm.training:
-        return type(norm).forward(norm, x)  # type: ignore[no-any-return]
+        return type(norm).forward(norm, x)
     axes = [axis for axis in range(x.ndim) if axis != 1]
     shape = [1, -1, *[1] * (x.ndim - 2)]
     with torch.autocast(x.device.type, enabled=False):

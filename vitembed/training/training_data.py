@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from vitembed.decoding import default_workers
 from vitembed.embedder import Embedder
 from vitembed.training.arrangement import Arrangement
-from vitembed.training.datasets import ImageDataset
+from vitembed.training.data.datasets import ImageDataset
+from vitembed.training.data.pixels import PixelDataset
+from vitembed.training.data.sampling import Batches, ClassBalancedSampler, EpochBatches, Ints
 from vitembed.training.distributed import rank, world_size
-from vitembed.training.pixels import PixelDataset
-from vitembed.training.sampling import Batches, ClassBalancedSampler, EpochBatches, Ints
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 
 from vitembed.embedder import Embedder
 from vitembed.metrics import recall_at_k
-from vitembed.training.pixels import PixelDataset
+from vitembed.training.data.pixels import PixelDataset
 
 Record = dict[str, Any]  # the figures of one epoch, as they stand in history.json
 
