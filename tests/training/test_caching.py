@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from vitembed.architecture import ViTConfig
 from vitembed.errors import VectorError
-from vitembed.training.caching import RandomStates, cached_backward
+from vitembed.training.caching import cached_backward
 from vitembed.training.losses.metric import ContrastiveLoss, TripletLoss
+from vitembed.training.random_states import RandomStates
 from vitembed.vit import ViT
 
 LABELS = torch.arange(22) // 3  # the last class has one image

@@ -9,57 +9,19 @@ The second pass must repeat the first to the letter, so torch's random states an
 it. Randomness from elsewhere (numpy, `random`) is not: a network that draws from there gets a wrong gradient.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vitembed.errors import VectorError
+from vitembed.training.random_states import RandomStates
 
 Outputs = TypeVar("Outputs", Tensor, tuple[Tensor | None, ...])  # embeddings, or (embeddings, logits or None)
 
 _Row = tuple[Tensor | None, ...]
-
-
-@dataclass(frozen=True)
-class RandomStates:
-    """The states of torch's sources of randomness at one moment: processor, every CUDA device in use, MPS.
-
-    Attributes:
-        cpu: state of the processor's generator, uint8.
-        cuda: one for each CUDA device; empty while CUDA is not in use.
-        mps: of an Apple GPU; None where there is none.
-        others: generators of the caller, each with its state.
-    """
-
-    cpu: Tensor
-    cuda: tuple[Tensor, ...]
-    mps: Tensor | None
-    others: tuple[tuple[torch.Generator, Tensor], ...]
-
-    @classmethod
-    def now(cls, generators: Iterable[torch.Generator] = ()) -> "RandomStates":
-        """Read the states; `generators` are read along with torch's own."""
-        cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        return cls(
-            torch.get_rng_state(),
-            tuple(torch.cuda.get_rng_state_all()) if cuda else (),
-            torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
-            tuple((generator, generator.get_state()) for generator in generators),
-        )
-
-    def restore(self) -> None:
-        """Put all sources back to these states."""
-        torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
-        if self.mps is not None:
-            torch.mps.set_rng_state(self.mps)
-        for generator, state in self.others:
-            generator.set_state(state)
 
 
 def cached_backward(

@@ -6,7 +6,6 @@ name and renamed, so that a killed process or a full disk leaves the checkpoint 
 """
 
 import pickle
-import random
 import shutil
 import time
 import zipfile
@@ -14,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 
 from vitembed.errors import CheckpointError, TrainingError, VitembedError
@@ -150,35 +148,3 @@ def _read(path: Path, has_older: bool) -> dict[str, Any]:
             f"{path} has format {state.get('format')}, and this version of vitembed reads {FORMAT}: update vitembed"
         )
     return state
-
-
-def random_states() -> dict[str, Any]:
-    """Return the states of all global sources of random numbers: Python's, numpy's, torch's and the devices'."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - losses of others draw from it
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
-    }
-
-
-def restore_random_states(states: Mapping[str, Any]) -> None:
-    """Put back what `random_states` gave; devices that are not here are left out."""
-    version, internal, gauss_next = states["python"]
-    random.setstate((version, tuple(internal), gauss_next))
-    kind, keys, position, has_gauss, gauss = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    if states["mps"] is not None and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(states["mps"])
-
-
-def seed_everything(seed: int) -> None:
-    """Seed all global sources of random numbers: losses and miners of others draw from any of them."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    torch.manual_seed(seed)

@@ -53,6 +53,11 @@ COLUMNS = ("path", "label", "suggested_label", "score", "neighbours_agreeing")
 class HardNegatives:
     """When to search for hard negatives, how many, and how alike they may be.
 
+    Compare with a training without them: short ones on Omniglot did slightly better without. A small model from scratch
+    on ten alphabets reached 73 % recall@1 on others after six epochs with them and 74 % without (one seed), and 120
+    further steps of one of 25 alphabets gave 81 % and 82 %, with another seed 80 % and 81 %. Long trainings, and sets
+    of very many classes, of which a batch holds few, were not measured.
+
     Attributes:
         every: epochs between two searches. Each costs a pass over the images without gradient, about a third of an
             epoch, and the search itself: 9 s for 20,000 vectors of 384 on one core, growing with their square.

@@ -100,6 +100,10 @@ class Learner:
         """Rate of the next step."""
         return self._stepper.learning_rate
 
+    def use_rate(self, rate: float) -> None:
+        """Take the next step at this learning rate, whatever the schedule says."""
+        self._stepper.use_rate(rate)
+
     def step(self, batch: LabelledPixels, *, look: bool = False) -> Step:
         """Take one step.
 

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from vitembed.embedder import Embedder
 from vitembed.errors import TrainingError
 from vitembed.training.arrangement import arrange
-from vitembed.training.checkpoints import seed_everything
 from vitembed.training.classification import fit_head
 from vitembed.training.config import TrainConfig
 from vitembed.training.data.datasets import ImageDataset
@@ -26,6 +25,7 @@ from vitembed.training.learner import Loss, Miner, Step, cheaper_training
 from vitembed.training.losses.metric import TripletLoss
 from vitembed.training.outputs import check_out
 from vitembed.training.provenance import trained_from
+from vitembed.training.random_states import seed_everything
 from vitembed.training.run import Run
 from vitembed.training.run_files import RunFiles
 from vitembed.training.shared_norms import shared_norms

@@ -20,7 +20,6 @@ from vitembed.decoding import default_workers
 from vitembed.embedder import Embedder
 from vitembed.embedding_net import EmbeddingNet
 from vitembed.training.arrangement import Arrangement, arrange
-from vitembed.training.caching import RandomStates
 from vitembed.training.classification import fit_head
 from vitembed.training.config import TrainConfig
 from vitembed.training.costs import StepCosts, measure_step, seconds_to_read
@@ -29,6 +28,7 @@ from vitembed.training.data.datasets import ImageDataset
 from vitembed.training.data.pixels import MAX_CACHE_BYTES
 from vitembed.training.learner import Learner, Loss, Miner
 from vitembed.training.losses.metric import TripletLoss
+from vitembed.training.random_states import RandomStates
 from vitembed.vit import ViT
 
 _LOOK_AHEAD = 20  # batches whose sizes are looked at

@@ -12,27 +12,27 @@ the lowest point itself missed by 0.18 (0.80). A training of many epochs can do 
 """
 
 import copy
+import dataclasses
 import math
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitembed.decoding import default_workers
 from vitembed.embedder import Embedder
 from vitembed.errors import ConfigError, TrainingError
-from vitembed.training.classification import ShuffledBatches, check_classifiable, fit_head
+from vitembed.training.arrangement import Arrangement, arrange
+from vitembed.training.classification import fit_head
 from vitembed.training.config import TrainConfig
 from vitembed.training.data.datasets import ImageDataset
-from vitembed.training.data.pixels import PixelDataset
-from vitembed.training.data.sampling import ClassBalancedSampler
+from vitembed.training.data.pixels import LabelledPixels, PixelDataset
+from vitembed.training.learner import Learner, Loss, Miner, cheaper_training
 from vitembed.training.losses.metric import TripletLoss
+from vitembed.training.random_states import undisturbed_random_states
 
 Floats = NDArray[np.float64]
 
@@ -66,8 +66,8 @@ def find_learning_rate(
     model: Embedder,
     dataset: ImageDataset,
     *,
-    loss: Callable[..., Tensor] | None = None,
-    miner: Callable[[Tensor, Tensor], Any] | None = None,
+    loss: Loss | None = None,
+    miner: Miner | None = None,
     config: TrainConfig | None = None,
     steps: int = 100,
 ) -> RateCurve:
@@ -81,7 +81,7 @@ def find_learning_rate(
         dataset: labelled images.
         loss: as for `train`.
         miner: as for `train`.
-        config: the settings; the rate, its schedule, epochs and compile do not matter here, and fp16 counts as fp32.
+        config: the settings; the rate, its schedule, epochs and compile do not matter here.
         steps: how many rates there are; at least 20.
 
     Raises:
@@ -92,111 +92,44 @@ def find_learning_rate(
     """
     if steps < 20:
         raise ConfigError(f"a range test needs at least 20 steps; got {steps}")
-    config = config or TrainConfig()
-    with _same_random_states(model.device):
+    config = dataclasses.replace(config or TrainConfig(), compile=False)
+    with undisturbed_random_states():
         torch.manual_seed(config.seed)
-        trial = _Trial(model, dataset, copy.deepcopy(loss or TripletLoss()), copy.deepcopy(miner), config)
         rates: Floats = np.geomspace(LOWEST, HIGHEST, steps)
-        losses = _until_it_diverges(trial.run(rates), calm=steps // 5)
+        values = _run(model, dataset, copy.deepcopy((loss or TripletLoss(), miner)), config, rates)
+        losses = _until_it_diverges(values, calm=steps // 5)
     return _conclude(rates[: len(losses)], losses, calm=steps // 5, width=WIDTH * steps)
 
 
-class _Trial:
-    """A copy of an embedder that learns at given rates."""
+def _run(
+    model: Embedder, dataset: ImageDataset, chosen: tuple[Loss, Miner | None], config: TrainConfig, rates: Floats
+) -> Iterator[Tensor]:
+    """Let a copy of a model take a step at each rate, and yield the mean over all terms of the loss before it."""
+    loss, miner = chosen
+    network = copy.deepcopy(model.network)
+    model = Embedder(network, model.preprocess, device=model.device, provenance=model.provenance)
+    arranged = arrange(model, dataset, loss, miner, config)
+    fit_head(model, arranged.classes, config.head)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise ConfigError("nothing of this model requires a gradient, so no rate can matter: thaw the network")
+    learner = Learner(model, loss, miner, arranged.config, steps=len(rates))
+    with cheaper_training(network, config):
+        network.train()
+        for rate, batch in zip(rates.tolist(), _batches(model, arranged), strict=False):
+            learner.use_rate(rate)
+            figures = learner.step(batch).figures
+            yield figures["loss"] * figures.get("active", 1.0)
 
-    def __init__(
-        self, model: Embedder, dataset: ImageDataset, loss: Callable[..., Tensor], miner: Any, config: TrainConfig
-    ) -> None:
-        self._classifies = bool(getattr(loss, "needs_logits", False))
-        self._workers = default_workers() if config.workers is None else config.workers
-        copied = Embedder(
-            copy.deepcopy(model.network), model.preprocess, device=model.device, provenance=model.provenance
-        )
-        self._data = self._training_part(copied, dataset, config)
-        self._network = copied.network.train()
-        if config.patch_dropout:
-            self._network.vit.patch_dropout = config.patch_dropout
-        if config.gradient_checkpointing:
-            self._network.vit.gradient_checkpointing = True
-        self._loss = loss.to(model.device) if isinstance(loss, nn.Module) else loss
-        self._miner, self._config, self._device = miner, config, model.device
-        self._draws = torch.Generator().manual_seed(config.seed)
 
-    def _training_part(self, model: Embedder, dataset: ImageDataset, config: TrainConfig) -> PixelDataset:
-        """Return the images that `train` would train on; a model that is to classify them gets a head for it."""
-        train_set, held_out = dataset.split(
-            config.validation or ("images" if self._classifies else "classes"),
-            share=config.validation_share,
-            seed=config.seed,
-            again=model.provenance.get("held-out classes", ()),
-        )
-        if self._classifies:
-            check_classifiable(model, train_set, held_out)
-        fit_head(model, train_set.classes if self._classifies else (), config.head)
-        return PixelDataset(train_set, model.preprocess, workers=self._workers)
-
-    def run(self, rates: Floats) -> Iterator[Tensor]:
-        """Take a step at each rate, and yield the mean over all terms of the loss before it, a scalar."""
-        groups = self._groups()
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        if not parameters:
-            raise ConfigError("nothing of this model requires a gradient, so no rate can matter: thaw the network")
-        optimizer = torch.optim.AdamW(groups, lr=LOWEST)
-        for rate, (pixels, labels) in zip(rates.tolist(), self._batches(), strict=False):
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            value = self._value(pixels.to(self._device), labels.to(self._device))
-            torch.autograd.backward(value)
-            nn.utils.clip_grad_norm_(parameters, self._config.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            yield value.detach() * getattr(self._loss, "active_share", 1.0)
-
-    def _value(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of a batch."""
-        pixels = self._config.augment(pixels, self._draws)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._is_bf16()):
-            if self._classifies:
-                logits = self._network.forward_with_logits(pixels)[1]
-            else:
-                embeddings = self._network(pixels)
-        if self._classifies:
-            return self._loss(logits, labels)
-        return self._loss(embeddings, labels, self._miner(embeddings, labels) if self._miner else None)
-
-    def _is_bf16(self) -> bool:
-        has = self._device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return self._config.precision == "bf16" or (self._config.precision == "auto" and has)
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """Decay matrices; leave norms, biases, positions, single tokens and what the loss learns alone."""
-        named = [(name, weight) for name, weight in self._network.named_parameters() if weight.requires_grad]
-        plain = {name for name, weight in named if weight.ndim < 2 or name.endswith(("pos_embed", "_token"))}
-        others = [weight for name, weight in named if name in plain]
-        others += list(self._loss.parameters()) if isinstance(self._loss, nn.Module) else []
-        matrices = [weight for name, weight in named if name not in plain]
-        return [
-            {"params": matrices, "weight_decay": self._config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield pixels and labels without end."""
-        config, labels = self._config, self._data.dataset.labels
-        sampler: ShuffledBatches | ClassBalancedSampler
-        if self._classifies:
-            sampler = ShuffledBatches(len(labels), config.classes_per_batch * config.images_per_class, seed=config.seed)
-        else:
-            sampler = ClassBalancedSampler(
-                labels,
-                classes_per_batch=config.classes_per_batch,
-                images_per_class=config.images_per_class,
-                seed=config.seed,
-            )
-        while True:
-            sampler.epoch += 1
-            for batch in self._data.batches(sampler, workers=self._workers):
-                yield batch[0], batch[1]
+def _batches(model: Embedder, arranged: Arrangement) -> Iterator[LabelledPixels]:
+    """Yield batches to train on without end."""
+    config = arranged.config
+    workers = default_workers() if config.workers is None else config.workers
+    allowed = config.safeguards.max_unreadable
+    pixels = PixelDataset(arranged.train_set, model.preprocess, workers=workers, max_unreadable=allowed)
+    while True:
+        arranged.sampler.epoch += 1
+        yield from (batch for batch in pixels.batches(arranged.sampler, workers=workers) if len(batch.labels))
 
 
 def _until_it_diverges(values: Iterator[Tensor], *, calm: int) -> Floats:
@@ -251,15 +184,3 @@ def _smooth(values: Floats, width: float) -> Floats:
     weights = np.exp(-0.5 * ((places[:, None] - places[None, :]) / width) ** 2)  # (S, S)
     smoothed: Floats = weights @ values / weights.sum(axis=1)
     return smoothed
-
-
-@contextmanager
-def _same_random_states(device: torch.device) -> Iterator[None]:
-    """Put the random states of Python, numpy and torch back afterwards."""
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - miners of others draw from it
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002

@@ -17,14 +17,14 @@ from torch import Tensor
 from vitembed.embedder import Embedder
 from vitembed.errors import TrainingError
 from vitembed.training.averaging import MovingAverage
-from vitembed.training.checkpoints import random_states, restore_random_states
 from vitembed.training.config import TrainConfig
 from vitembed.training.data.datasets import ImageDataset
-from vitembed.training.distributed import any_process, gather_objects, rank
+from vitembed.training.distributed import any_process, from_main, gather_objects, rank
 from vitembed.training.hard_negatives import HardNegatives, Mined, embed_all, find_hard_negatives
 from vitembed.training.health.collapse import CollapseDoctor, Diagnosis
 from vitembed.training.learner import Learner, Loss, Miner, Step
 from vitembed.training.outputs import snapshot
+from vitembed.training.random_states import random_states, restore_random_states
 from vitembed.training.stepper import check_finite
 from vitembed.training.training_data import TrainingData
 from vitembed.training.validation import Record, better_figure, validate
@@ -123,6 +123,7 @@ class Run:
             forgery_of=pixels.dataset.forgery_of,
             known=readable,
         )
+        mined = from_main(mined)  # on a GPU the processes may differ in the last digits
         self._data.use_neighbours(mined.neighbours)
         return mined
 

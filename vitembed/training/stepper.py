@@ -65,6 +65,13 @@ class Stepper:
         groups = self._optimizer.param_groups
         return max(float(rate) for rate, group in zip(rates, groups, strict=True) if not group["of_loss"])
 
+    def use_rate(self, rate: float) -> None:
+        """Let the next step have this as the highest rate of the network, in place of the schedule's."""
+        groups = self._optimizer.param_groups
+        top = max(group["initial_lr"] for group in groups if not group["of_loss"])
+        for group in groups:
+            group["lr"] = rate * group["initial_lr"] / top
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which the forward pass runs in the wanted precision."""
         return self._accelerator.autocast()  # type: ignore[no-any-return]

@@ -51,12 +51,14 @@ def cached(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
 def check_batches(batches: Iterable[LabelledPixels], asked: list[list[int]], dataset: ImageDataset) -> None:
     """Check that batches are those asked for without the damaged images, with the right pixels and labels."""
     lost = {TRUNCATED, MISSING, BOMB}
-    expected = [kept for batch in asked if (kept := [i for i in batch if i not in lost])]
+    expected = [[i for i in batch if i not in lost] for batch in asked]
     for (pixels, labels, positions), kept in zip(batches, expected, strict=True):
         assert positions.dtype == labels.dtype == torch.int64
         assert positions.tolist() == kept
         assert labels.tolist() == dataset.labels[kept].tolist()
-        np.testing.assert_array_equal(pixels.numpy(), [GREY(dataset.images[i]) for i in kept])
+        assert len(pixels) == len(kept)
+        for array, position in zip(pixels.numpy(), kept, strict=True):
+            np.testing.assert_array_equal(array, GREY(dataset.images[position]))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vitembed.errors import CheckpointError, ConfigError, VectorError
-from vitembed.training.caching import RandomStates
+from vitembed.training.random_states import RandomStates
 
 _TRIED = 8  # rows of the first batch on which a loss shows whether it takes references
 _NOBODY = -1  # the position of an entry whose image is not known
