@@ -363,6 +363,8 @@ class Embedder:
         Raises:
             ConfigError: if the size is no multiple of the patch size, or the backbone is not our ViT.
         """
+        if projection is not None and projection is not False and projection < 1:
+            raise ConfigError(f"a projection must be at least 1 wide; got {projection}")
         before = self.network
         vit = before.vit.resized(before.vit.config.image_size if image_size is None else image_size)
         if merge is not None:
@@ -380,13 +382,18 @@ class Embedder:
                 network = EmbeddingNet(vit, **settings)
             if projection is None:
                 network.projection = copy.deepcopy(before.projection)
+        provenance = dict(self.provenance)
+        if projection:  # nobody trained it: the figures are of another model, which is the one to be named
+            figures = ("epoch", "validation recall@1", "validation accuracy")
+            provenance = {key: value for key, value in provenance.items() if key not in figures}
+            provenance["derived from"] = self.fingerprint
         return Embedder(
             network,
             preprocess,
             device=self.device,
             precision=self.precision,
             compile=self._compiled,
-            provenance=self.provenance,
+            provenance=provenance,
         )
 
     @contextlib.contextmanager

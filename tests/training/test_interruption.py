@@ -51,3 +51,18 @@ def test_in_another_thread_nothing_is_kept_back() -> None:
     thread.start()
     thread.join()
     assert inside == [(False, before)]
+
+
+def test_a_first_ctrl_c_waits_and_a_second_does_not() -> None:
+    entered: list[str] = []
+
+    def interrupt_twice() -> None:
+        with deferred_termination() as termination:
+            os.kill(os.getpid(), signal.SIGINT)
+            entered.append(termination.name)
+            os.kill(os.getpid(), signal.SIGINT)
+            entered.append("never")
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_twice()
+    assert entered == ["SIGINT"]

@@ -20,11 +20,11 @@ from vitembed.training import (
     CrossEntropyLoss,
     TrainConfig,
     TripletLoss,
-    learner,
     run,
     stepper,
     train,
 )
+from vitembed.training.health.signals import mean_distances
 from vitembed.training.parameter_groups import parameter_groups
 from vitembed.vit import ViTConfig
 
@@ -168,7 +168,7 @@ def test_the_distances_are_those_of_a_plain_loop() -> None:
         for j in range(6):
             if i != j:
                 kinds[labels[i] == labels[j]].append((embeddings[i] - embeddings[j]).norm().item())
-    figures = learner._distances(embeddings, torch.tensor(labels))
+    figures = mean_distances(embeddings, torch.tensor(labels))
     assert figures["positive_distance"].item() == pytest.approx(np.mean(kinds[True]), abs=1e-5)
     assert figures["negative_distance"].item() == pytest.approx(np.mean(kinds[False]), abs=1e-5)
 

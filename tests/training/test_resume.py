@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pytorch_metric_learning import losses, miners
 
 from tests.training.stripes import stripes
@@ -25,6 +26,7 @@ from vitembed.training import (
     CrossEntropyLoss,
     FineTune,
     HardNegatives,
+    ImageDataset,
     Safeguards,
     TrainConfig,
     TripletLoss,
@@ -32,6 +34,7 @@ from vitembed.training import (
 )
 from vitembed.training import learner as learner_module
 from vitembed.training.checkpoints import list_checkpoints
+from vitembed.training.losses.specs import describe
 from vitembed.vit import ViTConfig
 
 QUICK: dict[str, Any] = {
@@ -76,6 +79,20 @@ class DrawsFromNumpy(torch.nn.Module):
         return miners.TripletMarginMiner()(embeddings[chosen], labels[chosen])
 
 
+class Counting(torch.nn.Module):
+    """A miner that remembers how often it was asked."""
+
+    calls: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.calls += 1
+        return miners.TripletMarginMiner(margin=0.1 * float(self.calls))(embeddings, labels)
+
+
 FEATURES: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any]]] = {
     "triplet": (TripletLoss, lambda: None, {}),
     "proxies": (lambda: losses.ProxyAnchorLoss(6, 16), lambda: None, {"loss_learning_rate": 0.1}),
@@ -84,6 +101,7 @@ FEATURES: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any]]]
     "patch dropout": (TripletLoss, lambda: None, {"patch_dropout": 0.3, "gradient_cache": 5}),
     "hard negatives": (TripletLoss, lambda: None, {"hard_negatives": HardNegatives(every=2, first=1)}),
     "numpy": (losses.TripletMarginLoss, DrawsFromNumpy, {}),
+    "a miner with a state": (TripletLoss, Counting, {}),
     "distance-weighted": (lambda: TripletLoss(mining="distance-weighted"), lambda: None, {}),
     "classification": (CrossEntropyLoss, lambda: None, {}),
     "fine-tuning": (TripletLoss, lambda: None, {"fine_tune": FineTune(0.7, 1), "patience": 3}),
@@ -141,6 +159,7 @@ def interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, steps: int = 3) -
             "with augment {'rotate': 8}, and now it is {'rotate': 0.0}",
         ),
         ({"loss": TripletLoss(0.3)}, "with loss TripletLoss.margin=0.2.* and now it is TripletLoss.margin=0.3"),
+        ({"loss": losses.TripletMarginLoss(margin=0.3)}, r"now it is TripletMarginLoss\(margin=0.3"),
         ({"miner": miners.TripletMarginMiner()}, "with miner None, and now it is TripletMarginMiner"),
         ({"dataset": stripes(seed=1, per_class=9)}, "with number of images 64, and now it is 72"),
         ({"model": embedder(pooling="mean")}, "with network {'pooling': 'cls'}, and now it is {'pooling': 'mean'}"),
@@ -155,6 +174,98 @@ def test_a_training_of_another_kind_is_not_resumed(
     with pytest.raises(CheckpointError, match=words):
         train(**arguments, out=tmp_path, resume=True)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def my_loss(embeddings: torch.Tensor, labels: torch.Tensor, tuples: Any = None) -> torch.Tensor:
+    return TripletLoss()(embeddings, labels)
+
+
+def test_a_function_is_the_same_loss_in_another_process() -> None:
+    assert describe(my_loss) == "<function my_loss>"
+    assert describe(losses.TripletMarginLoss(margin=0.3)) != describe(losses.TripletMarginLoss(margin=0.4))
+
+
+def test_broken_weights_never_take_the_place_of_a_sound_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, taken = learner_module.Learner.step, 0
+
+    def step(self: Any, batch: Any, **options: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        result = original(self, batch, **options)
+        if taken == 5:
+            torch.nn.init.constant_(self._network.vit.norm.weight, float("nan"))
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learner_module.Learner, "step", step)
+        with pytest.raises(TrainingError, match="weights became NaN or infinite before step 5"):
+            train(embedder(), stripes(), config=TrainConfig(**QUICK), out=tmp_path)
+    model, whole = embedder(), embedder()
+    train(model, stripes(), config=TrainConfig(**QUICK), out=tmp_path, resume=True)
+    train(whole, stripes(), config=TrainConfig(**QUICK))
+    assert model.fingerprint == whole.fingerprint
+
+
+def test_a_network_of_ones_own_is_resumed_after_its_end(tmp_path: Path) -> None:
+    def own() -> Embedder:
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5))
+        return Embedder.from_module(module, Preprocess.grey((8, 8), resize="squash", invert=False), device="cpu")
+
+    first, second = own(), own()
+    result = train(first, stripes(), config=TrainConfig(**QUICK), out=tmp_path)
+    again = train(second, stripes(), config=TrainConfig(**QUICK), out=tmp_path, resume=True)
+    assert (second.fingerprint, again.history) == (first.fingerprint, result.history)
+
+
+def test_what_a_training_left_is_gone_when_another_begins(tmp_path: Path) -> None:
+    train(embedder(), stripes(), config=TrainConfig(**QUICK), out=tmp_path)
+    (tmp_path / "unreadable.csv").write_text("path,reason\n")
+    train(embedder(), stripes(), config=TrainConfig(**QUICK), out=tmp_path, overwrite=True)
+    assert not (tmp_path / "unreadable.csv").exists()
+
+
+def test_two_trainings_do_not_write_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = learner_module.Learner.step
+
+    def step(self: Any, batch: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(learner_module.Learner, "step", original)
+            for options_of_another in ({"resume": True}, {"overwrite": True}):
+                with pytest.raises(TrainingError, match="is being written by another training"):
+                    train(embedder(), stripes(), config=TrainConfig(**QUICK), out=tmp_path, **options_of_another)
+        return original(self, batch, **options)
+
+    monkeypatch.setattr(learner_module.Learner, "step", step)
+    result = train(embedder(), stripes(), config=TrainConfig(**QUICK | {"epochs": 1}), out=tmp_path)
+    assert len(result.history) == 1
+    monkeypatch.undo()
+    train(embedder(), stripes(), config=TrainConfig(**QUICK | {"epochs": 1}), out=tmp_path, overwrite=True)
+
+
+def test_data_may_move_between_two_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("here", "there"):
+        for number, (image, label) in enumerate(zip(stripes().images, stripes().labels, strict=True)):
+            path = tmp_path / place / str(label) / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.asarray(image)).save(path)
+    here, there = ImageDataset.load(tmp_path / "here"), ImageDataset.load(tmp_path / "there")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(Interrupted):
+            train(embedder(), here, config=TrainConfig(**QUICK), out=tmp_path / "run")
+    train(embedder(), there, config=TrainConfig(**QUICK), out=tmp_path / "run", resume=True)
+    (tmp_path / "there" / "0" / "0.png").rename(tmp_path / "there" / "0" / "renamed.png")
+    with pytest.raises(CheckpointError, match="image files"):
+        train(
+            embedder(),
+            ImageDataset.load(tmp_path / "there"),
+            config=TrainConfig(**QUICK),
+            out=tmp_path / "run",
+            resume=True,
+        )
 
 
 def test_settings_without_consequence_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,14 +38,21 @@ def weights(model: Embedder) -> dict[str, torch.Tensor]:
 
 def test_a_frozen_backbone_stays_as_it_is_while_the_projection_learns() -> None:
     model = embedder(dim=8)
-    before = weights(model)
+    before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
     frozen_for_good = model.network.vit.cls_token
     frozen_for_good.requires_grad_(False)
     train(model, stripes(), config=TrainConfig(**QUICK, validation="none", fine_tune=FineTune(frozen_epochs=2)))
-    changed = {name for name, tensor in model.network.named_parameters() if not torch.equal(tensor, before[name])}
-    assert changed == {"projection.weight"}
+    changed = {name for name, tensor in model.network.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"projection.weight"}  # what batch norms remember stays as well
     assert all(p.requires_grad for p in model.network.parameters() if p is not frozen_for_good)
     assert not frozen_for_good.requires_grad  # what somebody froze stays frozen
+
+
+def test_a_model_without_anything_to_train_is_refused() -> None:
+    model = embedder()
+    model.network.requires_grad_(False)
+    with pytest.raises(ConfigError, match="nothing to train"):
+        train(model, stripes(), config=TrainConfig(**QUICK))
 
 
 def test_after_the_frozen_epochs_the_backbone_learns() -> None:
@@ -161,6 +168,8 @@ def test_the_doctor_stops_a_training_past_hope_or_warns_of_it(
     result = train(embedder(), stripes(), config=patient, progress=True)
     assert len(result.diagnoses) == 1
     assert "warning: hopeless" in capfd.readouterr().err
+    with pytest.warns(RuntimeWarning, match="hopeless"):
+        train(embedder(), stripes(), config=patient)
 
 
 def test_a_memory_leaves_its_drift_in_the_history() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from vitembed.embedder import Embedder
+from vitembed.training.checkpoints import list_checkpoints
 
 SCRIPT = """
     import sys
@@ -28,14 +29,14 @@ SCRIPT = """
 """
 
 
-def run(out: Path, processes: int, kind: str) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Train in so many processes, and return the weights and the history that they leave."""
+def start(script: str, out: Path, processes: int, *arguments: str) -> "list[subprocess.Popen[str]]":
+    """Start so many processes that find each other."""
     common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost"}
     if processes > 1:
         common["MASTER_PORT"] = str(20000 + os.getpid() % 20000)
-    started = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(SCRIPT), str(out), kind],
+            [sys.executable, "-c", textwrap.dedent(script), str(out), *arguments],
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -43,11 +44,36 @@ def run(out: Path, processes: int, kind: str) -> tuple[dict[str, torch.Tensor], 
         )
         for rank in range(processes)
     ]
+
+
+def run(out: Path, processes: int, kind: str) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Train in so many processes, and return the weights and the history that they leave."""
+    started = start(SCRIPT, out, processes, kind)
     for process in started:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     history = json.loads((out / "history.json").read_text())
     return Embedder.from_pretrained(out, device="cpu").network.state_dict(), history
+
+
+DISAGREEING = """
+    import sys
+    from pathlib import Path
+    from tests.training.test_resume import *
+    from vitembed.training import run
+    from vitembed.training.distributed import rank
+    validate = run.validate
+    run.validate = lambda *given: {"recall@1": validate(*given)["recall@1"] + 0.001 * rank() * (-1) ** given[0].steps}
+    Embedder.steps = property(lambda self: int(self.network.vit.norm.weight.sum() * 1e6))
+    config = TrainConfig(**QUICK | {"epochs": 4}, patience=1)
+    train(embedder(), stripes(), config=config, out=Path(sys.argv[1]))
+"""
+
+
+def test_processes_that_measure_differently_stop_together(tmp_path: Path) -> None:
+    for process in start(DISAGREEING, tmp_path, 2):
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
 
 
 @pytest.mark.parametrize("kind", ["plain", "drawn"])
@@ -60,5 +86,5 @@ def test_two_processes_learn_what_one_does(kind: str, tmp_path: Path) -> None:
     for before, after in zip(history, shared, strict=True):
         tolerance = 1e-4 if kind == "plain" else 0.5
         assert after["loss"] == pytest.approx(before["loss"], rel=tolerance)
-    assert len(list((tmp_path / "two" / "checkpoints").iterdir())) == 1
+    assert len(list_checkpoints(tmp_path / "two")) == 1
     assert run(tmp_path / "two", 2, kind)[1] == shared  # it goes on together, too: nothing was left to do

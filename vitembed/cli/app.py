@@ -90,6 +90,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     except SystemExit as error:
+        if isinstance(error.__context__, VitembedError):  # what was put in order when the signal came
+            typer.echo(f"vitembed: {error.__context__}", err=True)
         return PIPE_CLOSED if error.code == 1 else TERMINATED  # typer's word for a reader that went away is 1
     except Exception as error:  # a bug, or something that no library has a name for: never a status with a meaning
         if os.environ.get("VITEMBED_TRACEBACK"):

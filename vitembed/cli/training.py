@@ -10,7 +10,6 @@ from vitembed.cli.networks import NETWORK, Pooling, Stem, new_embedder
 from vitembed.cli.output import Device, Json, Seed, Workers, print_figures, print_json, warn
 from vitembed.cli.settings_file import Config, settings_text
 from vitembed.errors import ConfigError
-from vitembed.files import atomic_write
 
 if TYPE_CHECKING:
     from vitembed.embedder import Embedder
@@ -193,7 +192,11 @@ def train(
         OnCollapse, typer.Option(help="What to do with a training past hope.", rich_help_panel=SAFETY)
     ] = "stop",
     max_unreadable: Annotated[
-        float, typer.Option(help="Share of images that may be set aside as unreadable.", rich_help_panel=SAFETY)
+        float,
+        typer.Option(
+            help="Share of images that may be set aside as unreadable; 0.01 allows none below 100.",
+            rich_help_panel=SAFETY,
+        ),
     ] = 0.01,
     dry_run: Annotated[
         bool,
@@ -226,6 +229,8 @@ def train(
     """
     from vitembed.training import Augment, FineTune, HardNegatives, Safeguards, TrainConfig, load_source
     from vitembed.training import train as train_model
+    from vitembed.training.checkpoints import list_checkpoints
+    from vitembed.training.distributed import on_main
 
     network = {"arch": arch, "stem": stem, "image_size": image_size, "pooling": pooling, "dim": dim, "ink": ink or None}
     chosen: dict[str, Any] = {name: value for name, value in network.items() if value is not None}
@@ -262,6 +267,8 @@ def train(
     task: dict[str, Any] = {"loss": loss_function, "miner": miner_function, "config": settings}
     if dry_run or find_rate:
         return _print_plan(model, dataset, task, json) if dry_run else _print_rate(model, dataset, task, json)
+    if resume and not list_checkpoints(out) and on_main():
+        warn(f"there is no training in {out} to go on with; it begins")
     result = train_model(
         model,
         dataset,
@@ -270,10 +277,11 @@ def train(
         overwrite=overwrite,
         resume=resume,
         trackers=tracker or (),
+        settings=settings_text(context, leave_out=("overwrite", "resume", "json", "dry-run", "find-lr")),
         progress=True,
     )
-    atomic_write(out / "settings.toml", settings_text(context, leave_out=("overwrite", "resume", "json")))
-    _print_result(result, model, out, data, json)
+    if on_main():
+        _print_result(result, model, out, data, json)
     return None
 
 

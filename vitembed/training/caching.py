@@ -32,7 +32,6 @@ def cached_backward(
     *,
     network: nn.Module,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    generators: Sequence[torch.Generator] = (),
 ) -> tuple[Outputs, Tensor]:
     """Add the gradient of a loss of a whole batch to the parameters behind it, a chunk of activations at a time.
 
@@ -49,7 +48,6 @@ def cached_backward(
             called once; the scale reaches the network's gradients through those of the embeddings.
         network: whose buffers (running statistics) change when `embed` is called.
         autocast: makes the context in which `embed` runs.
-        generators: further sources of randomness that `embed` draws from.
 
     Returns:
         The outputs for the whole batch and the loss, both without graph.
@@ -64,14 +62,14 @@ def cached_backward(
     parts: list[_Row] = []
     with torch.no_grad():
         for chunk in chunks:
-            states.append(RandomStates.now(generators))
+            states.append(RandomStates.now())
             with autocast():
                 parts.append(_as_row(embed(chunk), len(chunk)))
     single = isinstance(parts[0], _Single)
     leaves = _joined(parts)
     loss = loss_of(leaves[0] if single else leaves)  # type: ignore[arg-type]
     backward(loss)
-    after = RandomStates.now(generators)
+    after = RandomStates.now()
 
     _put_back(network, buffers)
     torch.clear_autocast_cache()  # of a caller's autocast: older torch reuses weights that it cast without graph

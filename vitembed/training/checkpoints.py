@@ -6,7 +6,6 @@ name and renamed, so that a killed process or a full disk leaves the checkpoint 
 """
 
 import pickle
-import shutil
 import time
 import zipfile
 from collections.abc import Mapping
@@ -58,20 +57,17 @@ class Checkpoints:
             earlier = list_checkpoints(self._folder.parent)
             kept = f"{earlier[-1].name} before it is intact" if earlier else "there is none before it"
             raise TrainingError(
-                f"cannot save the checkpoint of step {step} in {self._folder}: {reason}; {kept}: make room there, and "
+                f"cannot save the checkpoint of step {step} in {self._folder}: {reason}; {kept}: when that is mended, "
                 "go on with resume"
             ) from error
         self._saved_at, self._saved_step = time.monotonic(), step
-        self._prune(self._kept)
+        if step:  # at the beginning others may stand here that are later, of another training
+            self._prune(self._kept)
 
     def finish(self, step: int, state: Mapping[str, Any]) -> None:
         """Leave one small checkpoint that says how the training ended, in the place of all others."""
         self.save(step, state)
         self._prune(1)
-
-    def start(self) -> None:
-        """Remove what another training left; for one that begins anew."""
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def load(self) -> dict[str, Any] | None:
         """Return the latest checkpoint; None if there is none.
@@ -91,6 +87,11 @@ class Checkpoints:
             old.unlink(missing_ok=True)
         for leftover in self._folder.glob(".step-*.pt"):  # of a process that was killed while it wrote
             leftover.unlink(missing_ok=True)
+
+
+def is_first(path: Path) -> bool:
+    """Tell whether a checkpoint was written before any step."""
+    return int(path.stem.removeprefix("step-")) == 0
 
 
 def list_checkpoints(out: Path) -> list[Path]:

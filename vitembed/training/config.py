@@ -150,7 +150,8 @@ class TrainConfig:
             them meet in batches; None for batches at random.
         gradient_cache: images that are embedded at a time, the loss being of the whole batch all the same: a batch of
             4096 then trains in the memory of so many images, for about a third more time (Gao et al. 2021,
-            arXiv:2101.06983). None embeds the batch at once.
+            arXiv:2101.06983). None embeds the batch at once. Batch norm, which a convolutional stem has, is then of so
+            many images, too.
         patch_dropout: share of the patches, in [0, 1), that each training image loses at random: at 0.5 a step takes
             about half the time (PatchDropout, Liu et al. 2022, arXiv:2208.07220; FLIP, Li et al. 2022,
             arXiv:2212.00794, section 3). Embedding is left as it is.

@@ -23,6 +23,7 @@ from accelerate.state import PartialState
 from torch import Tensor, nn
 
 from vitembed.errors import TrainingError, VectorError
+from vitembed.training.random_states import seed_everything, undisturbed_random_states
 
 _Value = TypeVar("_Value")
 
@@ -95,8 +96,8 @@ def drawing_alike(seed: int) -> Iterator[None]:
     if not _several():
         yield
         return
-    with torch.random.fork_rng(enabled=True):
-        torch.manual_seed(seed)
+    with undisturbed_random_states():
+        seed_everything(seed)
         yield
 
 
@@ -178,7 +179,7 @@ def broadcast_state(module: nn.Module) -> None:
             tensor.copy_(sent)
 
 
-def check_same(facts: Mapping[str, object]) -> None:
+def check_alike(facts: Mapping[str, object]) -> None:
     """Stop every process if they do not agree on something.
 
     Args:
@@ -201,6 +202,17 @@ def check_same(facts: Mapping[str, object]) -> None:
                 )
 
 
+def lost_process(error: RuntimeError) -> TrainingError | None:
+    """Return what to say if an error means that another process has gone; None for any other error."""
+    words = ("Connection reset", "Connection closed", "Socket closed", "Broken pipe")
+    if not _several() or not any(word in str(error) for word in words):
+        return None
+    return TrainingError(
+        "another process of this training has ended, and its own message says why; resume goes on from the last "
+        "checkpoint"
+    )
+
+
 def check_same_weights(module: nn.Module, name: str = "weights") -> None:
     """Stop every process if a parameter or buffer is not the same in all of them, to the bit.
 
@@ -209,7 +221,7 @@ def check_same_weights(module: nn.Module, name: str = "weights") -> None:
     """
     if _several():  # reading all weights takes a while
         tensors = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
-        check_same({f"{name} {key}": digest(value) for key, value in tensors.items()})
+        check_alike({f"{name} {key}": digest(value) for key, value in tensors.items()})
 
 
 def digest(tensor: Tensor) -> str:

@@ -17,6 +17,7 @@ from vitembed.training.config import TrainConfig
 from vitembed.training.data.datasets import ImageDataset
 from vitembed.training.distributed import world_size
 from vitembed.training.learner import Loss, Miner
+from vitembed.training.losses.specs import describe
 from vitembed.vit import ViT
 
 # Settings that change what a run costs or when it is saved, but not what it learns.
@@ -30,8 +31,8 @@ def identity(
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _WITHOUT_CONSEQUENCE}
     described = {
         **settings,
-        "loss": str(loss),
-        "miner": None if miner is None else str(miner),
+        "loss": describe(loss),
+        "miner": None if miner is None else describe(miner),
         "network": _network(model.network),
         "pre-processing": dataclasses.asdict(model.preprocess),
         "processes": world_size(),
@@ -41,7 +42,7 @@ def identity(
     return plain
 
 
-def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+def check_resumable(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
     """Refuse to go on with a training of another kind.
 
     Args:
@@ -70,16 +71,25 @@ def _network(network: EmbeddingNet) -> dict[str, Any]:
 
 def _data(dataset: ImageDataset) -> dict[str, Any]:
     """Describe images by their number, their names where they have any, and their labels."""
-    names = hashlib.sha256()
-    for image in dataset.images if isinstance(dataset.images, list) else ():
-        names.update(os.fspath(image).encode() if isinstance(image, str | os.PathLike) else b"?")
-        names.update(b"\0")
+    names = hashlib.sha256("\0".join(_names(dataset)).encode("utf-8", "surrogateescape"))
     labels = hashlib.sha256(dataset.labels.tobytes() + "\0".join(dataset.classes).encode())
     return {
         "number of images": len(dataset),
         "labels (as a hash)": labels.hexdigest()[:16],
-        "file names (as a hash)": names.hexdigest()[:16],
+        "image files (as a hash of their names)": names.hexdigest()[:16],
     }
+
+
+def _names(dataset: ImageDataset) -> list[str]:
+    """Return the names of image files below the folder that all of them share: data may move, or be typed otherwise."""
+    if not isinstance(dataset.images, list):
+        return []
+    paths = [
+        os.path.abspath(image)  # noqa: PTH100 - links stay as they are typed
+        for image in dataset.images
+        if isinstance(image, str | os.PathLike)
+    ]
+    return [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
 
 
 def _shortest_difference(old: Any, new: Any) -> tuple[Any, Any]:

@@ -2,7 +2,7 @@
 
 A step is the same in all its forms. In several processes each has its share of the batch; with a gradient cache the
 share is embedded piece by piece; the loss is of the embeddings of the whole batch in any case, so that neither changes
-what is learned.
+what is learned. Batch norm is the exception: with a cache it is of a piece.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from vitembed.embedder import Embedder
 from vitembed.embedding_net import EmbeddingNet, compiling
@@ -21,7 +22,7 @@ from vitembed.training.classification import accuracy_of
 from vitembed.training.config import TrainConfig
 from vitembed.training.data.pixels import LabelledPixels
 from vitembed.training.distributed import drawing_alike, gather_labels, gather_rows, rank, share_sizes
-from vitembed.training.health.signals import Signals, measure
+from vitembed.training.health.signals import Signals, mean_distances, measure
 from vitembed.training.parameter_groups import parameter_groups
 from vitembed.training.stepper import Stepper
 
@@ -86,6 +87,9 @@ class Learner:
         self._stepper = Stepper(groups, model.device, config, steps=steps)
         self._seed, self._taken = config.seed, 0  # steps
         self._frozen = False
+        if not any(parameter.requires_grad for group in groups for parameter in group["params"]):
+            raise ConfigError("nothing of this model requires a gradient, so there is nothing to train: thaw it")
+        self._parts: dict[str, Any] = {"loss": loss, "miner": miner}
         self._backbone = [p for p in _backbone(model.network) if p.requires_grad]
         inside = {id(parameter) for parameter in self._backbone}
         rest = [p for group in groups for p in group["params"] if p.requires_grad and id(p) not in inside]
@@ -116,7 +120,8 @@ class Learner:
         """
         sizes = share_sizes(len(batch.labels))
         start = sum(sizes[: rank()])
-        labels = gather_labels(batch.labels.to(self._device, non_blocking=True), sizes)
+        on_host = gather_labels(batch.labels, sizes)
+        labels = on_host.to(self._device, non_blocking=True)
         positions = gather_labels(batch.positions.to(self._device, non_blocking=True), sizes)
         # Drawn for the whole batch, so that an image is changed the same way however many processes share the work.
         changes = self._augment.draw(sum(sizes), _side_lengths(batch.pixels), self._random)[
@@ -137,7 +142,7 @@ class Learner:
             with drawing_alike(self._seed + self._taken):
                 if logits is not None:
                     return self._loss(gather_rows(logits, sizes), labels)
-                return self._metric_loss(gather_rows(_known(embeddings), sizes), labels, positions)
+                return self._metric_loss(gather_rows(_known(embeddings), sizes), labels, on_host, positions)
 
         share = torch.arange(sizes[rank()])
         if self._chunk is None:
@@ -153,7 +158,7 @@ class Learner:
         gradient = self._stepper.clip()
         with torch.no_grad():
             embeddings = gather_rows(_known(embedded[0]).detach(), sizes)
-            figures = {"loss": loss.detach(), **_distances(embeddings, labels)}
+            figures = {"loss": loss.detach(), **mean_distances(embeddings, labels)}
             if embedded[1] is not None:
                 figures["accuracy"] = accuracy_of(gather_rows(embedded[1].detach(), sizes), labels)
         for name, attribute in _LEFT_BY_LOSSES.items():
@@ -178,17 +183,26 @@ class Learner:
             backbone=None if self._frozen else self._network.backbone,
         )
 
-    def _metric_loss(self, embeddings: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+    def _metric_loss(self, embeddings: Tensor, labels: Tensor, on_host: Tensor, positions: Tensor) -> Tensor:
         tuples = self._miner(embeddings, labels) if self._miner else None
+        if getattr(self._loss, "reads_labels_on_host", False):  # it would wait for the device to have them there
+            labels = on_host
         if getattr(self._loss, "takes_positions", False):
             return self._loss(embeddings, labels, tuples, positions)
         return self._loss(embeddings, labels, tuples)
 
     def freeze(self, frozen: bool) -> None:
-        """Keep the backbone as it is, or let what was trainable of it be trained again."""
+        """Put the network into training mode; keep the backbone as it is, or let what was trainable of it learn.
+
+        A frozen batch norm does not remember the images that it sees, either.
+        """
         self._frozen = frozen
+        self._network.train()
         for parameter in self._backbone:
             parameter.requires_grad_(not frozen)
+        for part in self._network.backbone.modules():
+            if frozen and isinstance(part, _BatchNorm):
+                part.eval()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the training is continued from, the network apart."""
@@ -196,7 +210,7 @@ class Learner:
             "stepper": self._stepper.state_dict(),
             "steps": self._taken,
             "augmentation": self._random.get_state(),
-            "loss": self._loss.state_dict() if isinstance(self._loss, nn.Module) else {},
+            **{name: _state(part) for name, part in self._parts.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -204,8 +218,9 @@ class Learner:
         self._stepper.load_state_dict(state["stepper"])
         self._taken = state["steps"]
         self._random.set_state(state["augmentation"])
-        if isinstance(self._loss, nn.Module):
-            self._loss.load_state_dict(state["loss"])
+        for name, part in self._parts.items():
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(state[name])
 
 
 @contextmanager
@@ -254,16 +269,9 @@ def _forward(
     return call
 
 
-def _distances(embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Return the mean Euclidean distance of a batch's positives and of its negatives, from (B, D) unit rows."""
-    distances = (2 - 2 * embeddings @ embeddings.T).clamp(min=0).sqrt()  # (B, B)
-    same = labels[:, None] == labels[None, :]
-    others = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    positives, negatives = same & others, ~same
-    return {
-        "positive_distance": (distances * positives).sum() / positives.sum().clamp(min=1),
-        "negative_distance": (distances * negatives).sum() / negatives.sum().clamp(min=1),
-    }
+def _state(part: object) -> Any:
+    """Return what a loss or a miner is continued from; empty for one that remembers nothing."""
+    return part.state_dict() if hasattr(part, "state_dict") else {}
 
 
 def _side_lengths(pixels: Tensor) -> tuple[int, int]:

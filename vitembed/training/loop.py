@@ -6,7 +6,9 @@ surrounds them: the folder, checkpoints, signals, the bar, the doctor's word, tr
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +20,16 @@ from vitembed.training.arrangement import arrange
 from vitembed.training.classification import fit_head
 from vitembed.training.config import TrainConfig
 from vitembed.training.data.datasets import ImageDataset
-from vitembed.training.distributed import any_process, check_same_weights, from_main, join_processes, on_main, rank
+from vitembed.training.distributed import (
+    any_process,
+    check_alike,
+    check_same_weights,
+    from_main,
+    join_processes,
+    lost_process,
+    on_main,
+    rank,
+)
 from vitembed.training.identity import identity
 from vitembed.training.interruption import Termination, deferred_termination
 from vitembed.training.learner import Loss, Miner, Step, cheaper_training
@@ -29,7 +40,7 @@ from vitembed.training.random_states import seed_everything
 from vitembed.training.run import Run
 from vitembed.training.run_files import RunFiles
 from vitembed.training.shared_norms import shared_norms
-from vitembed.training.trackers import Trackers, open_tracker
+from vitembed.training.trackers import Trackers, check_trackers, open_tracker
 from vitembed.training.training_data import TrainingData
 from vitembed.training.validation import Record
 
@@ -71,6 +82,7 @@ def train(
     overwrite: bool = False,
     resume: bool = False,
     trackers: Sequence[str] = (),
+    settings: str | None = None,
     progress: bool = False,
 ) -> TrainResult:
     """Train an embedder in place; afterwards it has the weights of the best epoch.
@@ -90,6 +102,7 @@ def train(
         resume: go on with the training in `out` where its last checkpoint left it, with the same arguments, to the
             same weights as if it had never stopped; begin it where there is none yet.
         trackers: where figures are sent to as well: "tensorboard", "wandb", "mlflow".
+        settings: text to be kept in `out` as settings.toml, such as the flags of a command.
         progress: show a progress bar on standard error.
 
     Raises:
@@ -102,6 +115,7 @@ def train(
     join_processes(model.device)
     loss = loss or TripletLoss()
     folder = check_out(out, overwrite, resume=resume)
+    check_trackers(trackers)
     arranged = arrange(model, dataset, loss, miner, config or TrainConfig())
     config = arranged.config
     data = TrainingData.of(model, arranged)
@@ -111,16 +125,29 @@ def train(
     fit_head(model, data.classes, config.head)
     run = Run(model, loss, miner, data, config, provenance)
     seed_everything(config.seed + rank())  # from here on each process drops patches of its own
+    check_alike(described)
     check_same_weights(model.network)
-    files = RunFiles(folder, model, run, described, config.safeguards)
-    files.begin(resume=resume)
+    with closing(RunFiles(folder, model, run, described, config.safeguards)) as files:
+        files.begin(resume=resume, settings=settings)
+        with open_tracker(trackers, folder, described, step=run.step) as tracker:
+            _run_through(run, files, model, config, tracker, progress=progress)
+        files.finish()
+    best = run.best
+    return TrainResult(
+        run.history, run.best_epoch, best["recall@1"], best.get("validation accuracy"), run.diagnoses, data.unreadable
+    )
 
+
+def _run_through(
+    run: Run, files: RunFiles, model: Embedder, config: TrainConfig, tracker: Trackers, *, progress: bool
+) -> None:
+    """Train from where a run stands to its end."""
+    hidden = not progress or not on_main()
     with (
         cheaper_training(model.network, config),
         shared_norms(model.network),
         deferred_termination() as termination,
-        open_tracker(trackers, folder, described, step=run.step) as tracker,
-        tqdm(total=run.learner.steps, initial=run.step, unit="batch", disable=not progress or not on_main()) as bar,
+        tqdm(total=run.learner.steps, initial=run.step, unit="batch", disable=hidden) as bar,
     ):
         try:
             while not run.is_over:
@@ -131,17 +158,16 @@ def train(
                     bar.update()
                     _look(run, step, bar, tracker, config)
                     _save_or_leave(files, termination, run)
-                record = run.end_epoch()
-                tracker.log(record, run.step)
+                tracker.log(run.end_epoch(), run.step)
                 files.end_epoch()
                 _save_or_leave(files, termination, run)
+        except RuntimeError as error:
+            lost = lost_process(error)
+            if lost is None:
+                raise
+            raise lost from error
         finally:  # after an error or Ctrl-C, too, the model has the weights of its best epoch so far
             run.restore_best()
-    files.finish()
-    best = run.best
-    return TrainResult(
-        run.history, run.best_epoch, best["recall@1"], best.get("validation accuracy"), run.diagnoses, data.unreadable
-    )
 
 
 def _look(run: Run, step: Step, bar: Any, tracker: Trackers, config: TrainConfig) -> None:
@@ -162,6 +188,8 @@ def _look(run: Run, step: Step, bar: Any, tracker: Trackers, config: TrainConfig
         raise TrainingError(f"training was stopped: {diagnosis}")
     if not bar.disable:
         bar.write(f"vitembed: warning: {diagnosis}", file=sys.stderr)
+    elif on_main():
+        warnings.warn(str(diagnosis), RuntimeWarning, stacklevel=3)
 
 
 def _save_or_leave(files: RunFiles, termination: Termination, run: Run) -> None:
@@ -175,4 +203,4 @@ def _save_or_leave(files: RunFiles, termination: Termination, run: Run) -> None:
         files.save()
     if leave:
         saved = "; resume goes on from there" if files.folder else "; without a folder nothing was saved"
-        raise TrainingError(f"training was ended by SIGTERM after step {run.step}{saved}")
+        raise TrainingError(f"training was ended by {termination.name} after step {run.step}{saved}")

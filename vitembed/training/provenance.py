@@ -10,6 +10,7 @@ import vitembed
 from vitembed.embedder import Embedder
 from vitembed.training.arrangement import Arrangement
 from vitembed.training.learner import Loss, Miner
+from vitembed.training.losses.specs import describe
 
 BASE = "base"  # under which a trained model says whose checkpoint it started from
 _OF_A_CHECKPOINT = ("source", "family", "revision", "licence", "notes")
@@ -33,7 +34,7 @@ def origin(model: Embedder) -> dict[str, Any]:
     return {
         "made by": f"vitembed {vitembed.__version__}, torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
-        "initialised from": model.fingerprint if before else None,
+        "initialised from": before.get("derived from", model.fingerprint) if before else None,
         **({BASE: base} if base else {}),
         **{key: before[key] for key in _OF_PRETRAINING if key in before},
     }
@@ -54,7 +55,7 @@ def trained_from(model: Embedder, arranged: Arrangement, loss: Loss, miner: Mine
         "trained classes": sorted(seen),
         "held-out classes": sorted(unseen),  # what an honest figure or threshold may be measured on
         **({"classes": list(arranged.classes)} if arranged.classes else {}),  # in the order of the logits
-        "loss": str(loss),
-        "miner": None if miner is None else str(miner),
+        "loss": describe(loss),
+        "miner": None if miner is None else describe(miner),
         "settings": dataclasses.asdict(arranged.config),
     }

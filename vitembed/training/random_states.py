@@ -1,7 +1,7 @@
 """The states of the sources of random numbers: read, put back, seeded."""
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,23 +19,20 @@ class RandomStates:
         cpu: state of the processor's generator, uint8.
         cuda: one for each CUDA device; empty while CUDA is not in use.
         mps: of an Apple GPU; None where there is none.
-        others: generators of the caller, each with its state.
     """
 
     cpu: Tensor
     cuda: tuple[Tensor, ...]
     mps: Tensor | None
-    others: tuple[tuple[torch.Generator, Tensor], ...]
 
     @classmethod
-    def now(cls, generators: Iterable[torch.Generator] = ()) -> "RandomStates":
-        """Read the states; `generators` are read along with torch's own."""
+    def now(cls) -> "RandomStates":
+        """Read the states."""
         cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         return cls(
             torch.get_rng_state(),
             tuple(torch.cuda.get_rng_state_all()) if cuda else (),
             torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
-            tuple((generator, generator.get_state()) for generator in generators),
         )
 
     def restore(self) -> None:
@@ -45,8 +42,6 @@ class RandomStates:
             torch.cuda.set_rng_state_all(self.cuda)
         if self.mps is not None:
             torch.mps.set_rng_state(self.mps)
-        for generator, state in self.others:
-            generator.set_state(state)
 
 
 def random_states() -> dict[str, Any]:

@@ -8,7 +8,6 @@ if it had never stopped: on a processor to the bit.
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,7 +113,7 @@ class Run:
     def mine(self) -> Mined:
         """Search the training images for hard negatives, which the batches of the next epochs are made of."""
         pixels = self._data.pixels
-        with self._averaged():
+        with self.averaged():
             vectors, readable = embed_all(self._model, pixels.in_order(256, workers=self._data.workers), len(pixels))
         mined = find_hard_negatives(
             vectors,
@@ -134,7 +133,6 @@ class Run:
         batches = self._data.batches
         batches.epoch = self.epoch
         batches.start = self._in_epoch
-        self._model.network.train()
         for batch in self._data.pixels.batches(batches, workers=self._data.workers):
             if any_process(not len(batch.labels)):  # nothing of it could be read, by some process at least
                 self._in_epoch += 1
@@ -143,7 +141,7 @@ class Run:
             if self._average:
                 self._average.update()
             for name, figure in step.figures.items():
-                self._figures.setdefault(name, []).append(figure)
+                self._figures.setdefault(name, []).append(figure.to(self._model.device, non_blocking=True))
             self._in_epoch += 1
             self.step += 1
             self._seconds = time.perf_counter() - started
@@ -158,11 +156,27 @@ class Run:
         """
         if step.signals is None:
             return None
-        check_finite(step.figures["loss"].item())
-        diagnosis = self._doctor.observe(self.step, step.signals)
+        loss, signals = from_main((step.figures["loss"].item(), step.signals))
+        check_finite(loss)
+        diagnosis = self._doctor.observe(self.step, signals)
         if diagnosis is not None:
             self.diagnoses.append(str(diagnosis))
         return diagnosis
+
+    def check_sound(self) -> None:
+        """Check what would be saved: a broken checkpoint must not take the place of a sound one.
+
+        Raises:
+            TrainingError: if a loss of this epoch, or a number of the network, is NaN or infinite.
+        """
+        if self._figures:
+            check_finite(torch.stack(self._figures["loss"]).sum().item())
+        floats = [tensor for tensor in self._model.network.state_dict().values() if tensor.is_floating_point()]
+        if not bool(torch.stack([tensor.isfinite().all() for tensor in floats]).all()):
+            raise TrainingError(
+                f"the weights became NaN or infinite before step {self.step}: lower the learning rate, or use "
+                "precision fp32; the checkpoints before this one are sound"
+            )
 
     def end_epoch(self) -> Record:
         """Validate, keep the weights if they are the best so far, and return the record of the epoch.
@@ -173,28 +187,27 @@ class Run:
         started = time.perf_counter()
         if not self._figures:
             raise TrainingError("no step could be taken: no batch had images that could be read")
+        self.check_sound()
         means = {name: _mean(name, torch.stack(figures)) for name, figures in self._figures.items()}
-        check_finite(torch.stack(self._figures["loss"]).mean().item())
-        with self._averaged():
-            record = {
+        with self.averaged():
+            validated = validate(self._model, self._data.validation, self._data.classes, self._data.workers)
+            seconds = round(self._seconds + time.perf_counter() - started, 3)
+            record: Record = {
                 "epoch": self.epoch,
                 **means,
-                **validate(self._model, self._data.validation, self._data.classes, self._data.workers),
+                **validated,
                 "learning_rate": self.learner.learning_rate,
-                "seconds": round(self._seconds + time.perf_counter() - started, 3),
+                "seconds": seconds,
             }
+            record = from_main(record)  # what is best and when to stop follow from it, in all processes alike
             self.history.append(record)
             figure = better_figure(self._data.classes)
             if self.best_epoch == 0 or self._data.validation is None or record[figure] >= self.best[figure]:
                 self.best_epoch, self._best = len(self.history), snapshot(self._model)
                 self._model.provenance = {**self._provenance, **_figures(record)}
+        self._data.note_unreadable(self._data.unreadable_parts())
         self._in_epoch, self._seconds, self._figures = 0, 0.0, {}
         return record
-
-    def save_best(self, folder: Path) -> None:
-        """Save the model of the epoch that has just ended."""
-        with self._averaged():
-            self._model.save_pretrained(folder)
 
     def restore_best(self) -> None:
         """Give the model the weights of the best epoch; those of the start if none has ended."""
@@ -202,7 +215,7 @@ class Run:
         self._model.network.load_state_dict(self._best)
         self._model.network.eval()
 
-    def _averaged(self) -> AbstractContextManager[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """Let the network have the averaged weights, if an average is kept: they are what is validated and saved."""
         return self._average.applied() if self._average else nullcontext()
 
@@ -225,24 +238,34 @@ class Run:
             "doctor": self._doctor.state_dict(),
             "diagnoses": self.diagnoses,
             "neighbours": None if neighbours is None else torch.from_numpy(neighbours),
-            "unreadable": self._data.unreadable,
+            "unreadable": self._data.unreadable_parts(),
             "random": gather_objects(random_states()),
         }
 
     def summary(self) -> dict[str, Any]:
-        """Return what is told of a training that is over."""
-        return {"step": self.step, "history": self.history, "best epoch": self.best_epoch, "diagnoses": self.diagnoses}
+        """Return what is left of a training that is over: its figures and its best weights."""
+        return {
+            "step": self.step,
+            "history": self.history,
+            "best epoch": self.best_epoch,
+            "best": self._best,
+            "model provenance": self._model.provenance,
+            "diagnoses": self.diagnoses,
+            "unreadable": self._data.unreadable_parts(),
+        }
 
-    def load_summary(self, summary: Mapping[str, Any], best: Embedder) -> None:
-        """Take over the end of a training: its summary, and the model that it saved."""
+    def load_summary(self, summary: Mapping[str, Any]) -> None:
+        """Take over the end of a training."""
         self.step, self.history = summary["step"], list(summary["history"])
-        self.best_epoch, self.diagnoses = summary["best epoch"], list(summary["diagnoses"])
-        self._best, self._model.provenance = snapshot(best), best.provenance
+        self.best_epoch, self._best = summary["best epoch"], summary["best"]
+        self._model.provenance, self.diagnoses = summary["model provenance"], list(summary["diagnoses"])
+        self._data.note_unreadable(summary["unreadable"])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` gave; the settings and the data must be the same."""
         self.step, self._in_epoch, self._seconds = state["step"], state["in epoch"], state["seconds"]
-        self._figures = {name: list(figures.unbind()) for name, figures in state["figures"].items()}
+        device = self._model.device  # a checkpoint is read to the processor, and the figures to come are not there
+        self._figures = {name: list(figures.to(device).unbind()) for name, figures in state["figures"].items()}
         self.history, self.best_epoch, self._best = list(state["history"]), state["best epoch"], state["best"]
         self._provenance, self._model.provenance = state["provenance"], state["model provenance"]
         self._model.network.load_state_dict(state["network"])
@@ -253,7 +276,7 @@ class Run:
         self.diagnoses = list(state["diagnoses"])
         neighbours = state["neighbours"]
         self._data.use_neighbours(None if neighbours is None else neighbours.numpy())
-        self._data.pixels.unreadable.update(state["unreadable"])
+        self._data.note_unreadable(state["unreadable"])
         restore_random_states(state["random"][rank()])
 
 

@@ -6,6 +6,7 @@ fails later, as when its server is away, is reported once and left out, and the 
 
 import contextlib
 import dataclasses
+import importlib.util
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,25 @@ from vitembed.errors import ConfigError, MissingExtraError, unknown_name
 PROJECT = "vitembed"  # under which W&B, MLflow and their like list the runs
 TRACKERS = tuple(str(name) for name in LOGGER_TYPE_TO_CLASS)
 
+_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
+
 Plain = str | bool | int | float
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check, before anything is written, that trackers are known and installed.
+
+    Raises:
+        ConfigError: for an unknown name.
+        MissingExtraError: for TensorBoard without its package.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise unknown_name("tracker", name, TRACKERS)
+        packages = _PACKAGES.get(name, ())
+        by_accelerate = LOGGER_TYPE_TO_CLASS[name].__module__ == "accelerate.tracking"
+        if packages and by_accelerate and not any(importlib.util.find_spec(package) for package in packages):
+            raise _missing(name)
 
 
 def open_tracker(
@@ -41,9 +60,7 @@ def open_tracker(
             other than TensorBoard whose package is not installed.
         MissingExtraError: for TensorBoard without its package.
     """
-    for name in names:
-        if name not in TRACKERS:
-            raise unknown_name("tracker", name, TRACKERS)
+    check_trackers(names)
     trackers = Trackers()
     if not names or not PartialState().is_main_process:
         return trackers
@@ -130,13 +147,17 @@ def _start(name: str, folder: Path | None, settings: Mapping[str, Plain], step: 
         if is_new:
             tracker.store_init_configuration({_name_for(name, key): value for key, value in settings.items()})
     except ImportError as error:
-        if name == "tensorboard":
-            raise MissingExtraError("the tracker tensorboard", "tensorboard") from error
-        raise ConfigError(f"the tracker {name} needs a package: pip install {name.replace('_', '-')}") from error
+        raise _missing(name) from error
     except Exception as error:  # no login, no server, no disk
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"the tracker {name} cannot be opened: {reason}") from error
     return tracker
+
+
+def _missing(name: str) -> ConfigError | MissingExtraError:
+    if name == "tensorboard":
+        return MissingExtraError("the tracker tensorboard", "tensorboard")
+    return ConfigError(f"the tracker {name} needs a package: pip install {name.replace('_', '-')}")
 
 
 def _place(name: str, kind: Any, folder: Path | None) -> list[str]:

@@ -1,5 +1,6 @@
 """The pixels of a training and the batches that they come in, this process's share of them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vitembed.decoding import default_workers
@@ -8,7 +9,7 @@ from vitembed.training.arrangement import Arrangement
 from vitembed.training.data.datasets import ImageDataset
 from vitembed.training.data.pixels import PixelDataset
 from vitembed.training.data.sampling import Batches, ClassBalancedSampler, EpochBatches, Ints
-from vitembed.training.distributed import rank, world_size
+from vitembed.training.distributed import gather_objects, rank, world_size
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,18 @@ class TrainingData:
     def unreadable(self) -> dict[str, str]:
         """The images that could not be read so far, and why."""
         return {**self.pixels.unreadable, **(self.validation.unreadable if self.validation else {})}
+
+    def unreadable_parts(self) -> dict[str, dict[str, str]]:
+        """Return what all processes could not read so far, by the side of the split."""
+        own = {"training": self.pixels.unreadable, "validation": self.validation.unreadable if self.validation else {}}
+        every = gather_objects(own)
+        return {side: {path: why for part in every for path, why in part[side].items()} for side in own}
+
+    def note_unreadable(self, parts: Mapping[str, Mapping[str, str]]) -> None:
+        """Take over what other processes, or this training before it was interrupted, could not read."""
+        self.pixels.unreadable.update(parts["training"])
+        if self.validation:
+            self.validation.unreadable.update(parts["validation"])
 
     @property
     def neighbours(self) -> Ints | None:

@@ -121,6 +121,23 @@ def measure(
     )
 
 
+@torch.no_grad()
+def mean_distances(embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Return the mean Euclidean distances of positives and of negatives; 0 where there are none.
+
+    Args:
+        embeddings: (B, D) unit rows; the first 512 are looked at.
+        labels: (B,) integers on the same device.
+
+    Returns:
+        The scalars "positive_distance" and "negative_distance".
+    """
+    sums = _distances(embeddings[:ROWS].float(), labels[:ROWS])
+    return {
+        f"{kind}_distance": sums[f"{kind} sum"] / sums[f"{kind}s"].clamp(min=1) for kind in ("positive", "negative")
+    }
+
+
 def _distances(rows: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Return the sums of the distances of positives and of negatives, and how many there are."""
     distances = (2 - 2 * rows @ rows.T).clamp(min=0).sqrt()  # (n, n)

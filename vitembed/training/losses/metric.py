@@ -64,6 +64,8 @@ class TripletLoss(nn.Module):
         ConfigError: the mining is unknown, the margin is not a finite number above 0, or one does not go with `soft`.
     """
 
+    reads_labels_on_host = True  # the exact terms are laid out there
+
     def __init__(self, margin: float | None = None, mining: Mining = "all", soft: bool = False) -> None:
         super().__init__()
         if mining not in get_args(Mining):
@@ -163,6 +165,8 @@ class ContrastiveLoss(nn.Module):
     Raises:
         ConfigError: a margin is not a finite number.
     """
+
+    reads_labels_on_host = True
 
     def __init__(self, positive_margin: float = 0.0, negative_margin: float = 1.0, *, squared: bool = False) -> None:
         super().__init__()

@@ -51,6 +51,22 @@ def parse_call(spec: str, kind: str) -> tuple[str, dict[str, object]]:
         raise ConfigError(wanted) from error
 
 
+def describe(value: object) -> str:
+    """Return a loss or a miner in one line, with its settings, as a model records it.
+
+    Objects of pytorch-metric-learning do not print most of their arguments, and functions print where they lie in
+    memory, which is another place in the next process.
+    """
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(str(value).split()))
+    if not type(value).__module__.startswith("pytorch_metric_learning."):
+        return text
+    settings = {name: getattr(value, name, None) for name in _parameters(type(value))}
+    shown = {name: setting for name, setting in settings.items() if isinstance(setting, bool | int | float | str)}
+    parts = [f"{name}={setting!r}" for name, setting in shown.items()]
+    parts += [f"{name}={describe(getattr(value, name))}" for name in ("distance", "reducer") if hasattr(value, name)]
+    return f"{type(value).__name__}({', '.join(parts)})"
+
+
 def construct(
     cls: type[_Made],
     arguments: Mapping[str, object],
