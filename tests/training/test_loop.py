@@ -277,12 +277,12 @@ def test_settings_out_of_range_are_refused(values: dict[str, Any], words: str) -
 
 def test_precision_is_mixed_where_the_device_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert stepper._mixed_precision("auto", cpu) == "no"
-    assert stepper._mixed_precision("fp32", cpu) == "no"
-    assert stepper._mixed_precision("bf16", cpu) == "bf16"
-    for has, word in ((True, "bf16"), (False, "no")):
+    assert stepper.precision_on(cpu, "auto") == "fp32"
+    assert stepper.precision_on(cpu, "fp32") == "fp32"
+    assert stepper.precision_on(cpu, "bf16") == "bf16"
+    for has, word in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has: has)
-        assert stepper._mixed_precision("auto", torch.device("cuda")) == word
+        assert stepper.precision_on(torch.device("cuda"), "auto") == word
 
 
 def tokens_seen(model: Embedder) -> dict[bool, set[int]]:

@@ -7,13 +7,14 @@ import typer
 
 from vitembed.cli.models import open_model
 from vitembed.cli.networks import NETWORK, Pooling, Stem, new_embedder
-from vitembed.cli.output import Device, Json, Seed, Workers, print_figures, print_json, warn
+from vitembed.cli.output import Device, Json, Seed, Workers, warn
 from vitembed.cli.settings_file import Config, settings_text
+from vitembed.cli.training_reports import print_plan, print_rate, print_result
 from vitembed.errors import ConfigError
 
 if TYPE_CHECKING:
     from vitembed.embedder import Embedder
-    from vitembed.training import ImageDataset, TrainResult
+    from vitembed.training import ImageDataset
 
 Validation = Literal["classes", "images", "none"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -266,7 +267,7 @@ def train(
     )
     task: dict[str, Any] = {"loss": loss_function, "miner": miner_function, "config": settings}
     if dry_run or find_rate:
-        return _print_plan(model, dataset, task, json) if dry_run else _print_rate(model, dataset, task, json)
+        return print_plan(model, dataset, task, json) if dry_run else print_rate(model, dataset, task, json)
     if resume and not list_checkpoints(out) and on_main():
         warn(f"there is no training in {out} to go on with; it begins")
     result = train_model(
@@ -281,50 +282,8 @@ def train(
         progress=True,
     )
     if on_main():
-        _print_result(result, model, out, data, json)
+        print_result(result, model, out, data, json)
     return None
-
-
-def _print_result(result: "TrainResult", model: "Embedder", out: Path, data: str, json: bool) -> None:
-    """Print how a training went, and what to do next."""
-    figures: dict[str, Any] = {
-        "model": str(out),
-        "best epoch": result.best_epoch,
-        "validation recall@1": result.recall_at_1,
-    }
-    if "accuracy" in result.history[0]:
-        figures["validation accuracy"] = result.accuracy
-    if result.recall_at_1 is None:
-        warn("nothing was held out, so nothing is known of how well the model does on new images")
-    if result.unreadable:
-        path, reason = next(iter(result.unreadable.items()))
-        warn(f"{len(result.unreadable)} images could not be read and were set aside; the first is {path}: {reason}")
-    if json:
-        told = {"diagnoses": result.diagnoses, "unreadable": result.unreadable}
-        print_json({**figures, **told, "history": result.history, "fingerprint": model.fingerprint})
-    else:
-        print_figures(figures)
-        held_out = " --held-out" if model.provenance["held-out classes"] else ""
-        typer.echo(f"\nNext: vitembed evaluate {out} {data}{held_out}")
-
-
-def _print_plan(model: "Embedder", dataset: "ImageDataset", task: dict[str, Any], json: bool) -> None:
-    """Print what would be trained."""
-    from vitembed.training.plan import plan_training
-
-    plan = plan_training(model, dataset, **task)
-    print_json(plan.to_dict()) if json else print_figures(plan.figures())
-
-
-def _print_rate(model: "Embedder", dataset: "ImageDataset", task: dict[str, Any], json: bool) -> None:
-    """Print a learning rate that suits."""
-    from vitembed.training.rate_finder import find_learning_rate
-
-    curve = find_learning_rate(model, dataset, **task)
-    if json:
-        print_json({"learning_rate": curve.suggestion, "rates": list(curve.rates), "losses": list(curve.losses)})
-    else:
-        print_figures({"learning rate": f"{curve.suggestion:.2g}"})
 
 
 def _loss_for(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vitembed.decoding import default_workers
 from vitembed.errors import ConfigError, unknown_name
 from vitembed.training.data.augment import Augment
 from vitembed.training.data.datasets import VALIDATIONS, Validation
@@ -192,6 +193,11 @@ class TrainConfig:
     safeguards: Safeguards = Safeguards()
     workers: int | None = None
     seed: int = 0
+
+    @property
+    def decoders(self) -> int:
+        """Processes that decode images, where `workers` leaves it open, too."""
+        return default_workers() if self.workers is None else self.workers
 
     def __post_init__(self) -> None:
         rules: dict[str, Rule] = {

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from vitembed.architecture import SIZES
-from vitembed.decoding import default_workers
 from vitembed.embedder import Embedder
 from vitembed.embedding_net import EmbeddingNet
 from vitembed.training.arrangement import Arrangement, arrange
@@ -29,6 +28,7 @@ from vitembed.training.data.pixels import MAX_CACHE_BYTES
 from vitembed.training.learner import Learner, Loss, Miner
 from vitembed.training.losses.metric import TripletLoss
 from vitembed.training.random_states import RandomStates
+from vitembed.training.stepper import precision_on
 from vitembed.vit import ViT
 
 _LOOK_AHEAD = 20  # batches whose sizes are looked at
@@ -192,11 +192,11 @@ def plan_training(
     config, train_set, held_out = arranged.config, arranged.train_set, arranged.held_out
     batch = max(islice(arranged.sampler, _LOOK_AHEAD), key=len)
     labels = torch.from_numpy(train_set.labels[batch])
-    precision = _precision(config, model.device)
+    precision = precision_on(model.device, config.precision)
     network, costs = _measured(model, arranged, loss, miner, labels, precision)
     sets = [train_set] if held_out is None else [train_set, held_out]
     parameters = [*network.parameters(), *_parts(loss, nn.Module.parameters)]
-    reading = sum(map(len, sets)) * seconds_to_read(dataset, model.preprocess) / max(1, _workers(config))
+    reading = sum(map(len, sets)) * seconds_to_read(dataset, model.preprocess) / max(1, config.decoders)
     kept = _kept(network, sets)
     return TrainingPlan(
         classes=len(train_set.classes),
@@ -291,17 +291,6 @@ def _time(
         return TimeEstimate(reading, step, epoch, reading + config.epochs * epoch)
     epoch = max(epoch, reading)  # while the network computes, other processes decode
     return TimeEstimate(0.0, step, epoch, config.epochs * epoch)
-
-
-def _precision(config: TrainConfig, device: torch.device) -> str:
-    """Return what "auto" stands for on a device."""
-    if config.precision != "auto":
-        return config.precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-
-
-def _workers(config: TrainConfig) -> int:
-    return default_workers() if config.workers is None else config.workers
 
 
 def _parts(loss: Loss, kind: Callable[[nn.Module], Iterator[Any]]) -> list[Tensor]:

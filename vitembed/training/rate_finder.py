@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitembed.decoding import default_workers
 from vitembed.embedder import Embedder
 from vitembed.errors import ConfigError, TrainingError
 from vitembed.training.arrangement import Arrangement, arrange
@@ -124,12 +123,11 @@ def _run(
 def _batches(model: Embedder, arranged: Arrangement) -> Iterator[LabelledPixels]:
     """Yield batches to train on without end."""
     config = arranged.config
-    workers = default_workers() if config.workers is None else config.workers
     allowed = config.safeguards.max_unreadable
-    pixels = PixelDataset(arranged.train_set, model.preprocess, workers=workers, max_unreadable=allowed)
+    pixels = PixelDataset(arranged.train_set, model.preprocess, workers=config.decoders, max_unreadable=allowed)
     while True:
         arranged.sampler.epoch += 1
-        yield from (batch for batch in pixels.batches(arranged.sampler, workers=workers) if len(batch.labels))
+        yield from (batch for batch in pixels.batches(arranged.sampler, workers=config.decoders) if len(batch.labels))
 
 
 def _until_it_diverges(values: Iterator[Tensor], *, calm: int) -> Floats:

@@ -43,9 +43,8 @@ class Stepper:
     def __init__(self, groups: list[dict[str, Any]], device: torch.device, config: StepConfig, *, steps: int) -> None:
         # accelerate keeps its settings for the whole process; an earlier training may have had others.
         AcceleratorState._reset_state(reset_partial_state=True)
-        self._accelerator = Accelerator(
-            mixed_precision=_mixed_precision(config.precision, device), cpu=device.type == "cpu"
-        )
+        precision = precision_on(device, config.precision).replace("fp32", "no")  # accelerate's word for it
+        self._accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
         self._of_network = [parameter for group in groups if not group["of_loss"] for parameter in group["params"]]
         self._parameters = [parameter for group in groups for parameter in group["params"]]
         self._clip = config.clip
@@ -144,8 +143,8 @@ def _rate(step: int, warmup: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def _mixed_precision(precision: str, device: torch.device) -> str:
-    """Return accelerate's word for a precision."""
-    if precision == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
-    return "no" if precision == "fp32" else precision
+def precision_on(device: torch.device, precision: str) -> str:
+    """Return what a precision is on a device: "auto" is "bf16" where CUDA has it, else "fp32"."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vitembed.decoding import default_workers
 from vitembed.embedder import Embedder
 from vitembed.training.arrangement import Arrangement
 from vitembed.training.data.datasets import ImageDataset
@@ -44,12 +43,11 @@ class TrainingData:
             ImageError: if too many images cannot be read.
         """
         config = arranged.config
-        workers = default_workers() if config.workers is None else config.workers
 
         def read(dataset: ImageDataset) -> PixelDataset:
             """Return the pixels of one side of the split."""
             allowed = config.safeguards.max_unreadable
-            return PixelDataset(dataset, model.preprocess, workers=workers, max_unreadable=allowed)
+            return PixelDataset(dataset, model.preprocess, workers=config.decoders, max_unreadable=allowed)
 
         return cls(
             read(arranged.train_set),
@@ -57,7 +55,7 @@ class TrainingData:
             arranged.sampler,
             EpochBatches(arranged.sampler, rank=rank(), world_size=world_size()),
             tuple(arranged.classes),
-            workers,
+            config.decoders,
         )
 
     @property
