@@ -158,7 +158,10 @@ def _run_through(
                     bar.update()
                     _look(run, step, bar, tracker, config)
                     _save_or_leave(files, termination, run)
+                said = len(run.diagnoses)
                 tracker.log(run.end_epoch(), run.step)
+                for diagnosis in run.diagnoses[said:]:
+                    _tell(diagnosis, bar)
                 files.end_epoch()
                 _save_or_leave(files, termination, run)
         except RuntimeError as error:
@@ -186,10 +189,15 @@ def _look(run: Run, step: Step, bar: Any, tracker: Trackers, config: TrainConfig
         return
     if diagnosis.fatal and config.safeguards.on_collapse == "stop":
         raise TrainingError(f"training was stopped: {diagnosis}")
+    if bar.disable and on_main():
+        warnings.warn(str(diagnosis), RuntimeWarning, stacklevel=3)
+    _tell(str(diagnosis), bar)
+
+
+def _tell(diagnosis: str, bar: Any) -> None:
+    """Write what the doctor said above the bar, where there is one."""
     if not bar.disable:
         bar.write(f"vitembed: warning: {diagnosis}", file=sys.stderr)
-    elif on_main():
-        warnings.warn(str(diagnosis), RuntimeWarning, stacklevel=3)
 
 
 def _save_or_leave(files: RunFiles, termination: Termination, run: Run) -> None:

@@ -28,6 +28,7 @@ from vitembed.training.stepper import check_finite
 from vitembed.training.training_data import TrainingData
 from vitembed.training.validation import Record, better_figure, validate
 
+_OF_DISTANCES = ("loss", "positive_distance", "negative_distance")
 LOOK_EVERY = 10  # steps; looking at a figure waits for the device
 
 
@@ -159,6 +160,10 @@ class Run:
         loss, signals = from_main((step.figures["loss"].item(), step.signals))
         check_finite(loss)
         diagnosis = self._doctor.observe(self.step, signals)
+        return self._note(diagnosis)
+
+    def _note(self, diagnosis: Diagnosis | None) -> Diagnosis | None:
+        """Write down what the doctor says."""
         if diagnosis is not None:
             self.diagnoses.append(str(diagnosis))
         return diagnosis
@@ -205,6 +210,8 @@ class Run:
             if self.best_epoch == 0 or self._data.validation is None or record[figure] >= self.best[figure]:
                 self.best_epoch, self._best = len(self.history), snapshot(self._model)
                 self._model.provenance = {**self._provenance, **_figures(record)}
+        if self.is_over and "drift" not in record:  # with a memory the loss is not to be held to its margin
+            self._note(self._doctor.conclude(*(record[name] for name in _OF_DISTANCES)))
         self._data.note_unreadable(self._data.unreadable_parts())
         self._in_epoch, self._seconds, self._figures = 0, 0.0, {}
         return record

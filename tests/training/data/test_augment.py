@@ -8,7 +8,7 @@ from vitembed.errors import ConfigError, VectorError
 from vitembed.training.data.augment import Augment
 from vitembed.training.data.changes import Changes, blur_weights, colour_maps
 
-PRESETS = ["ink", "ink-strong", "photo", "photos", "photo-strong", "faces"]
+PRESETS = ["ink", "ink-strong", "photo", "photo-strong", "faces"]
 
 
 def blobs(count: int = 200, size: tuple[int, int] = (41, 61)) -> torch.Tensor:
@@ -110,11 +110,29 @@ def test_presets_repeat_with_the_generator_and_differ_between_images(name: str) 
         ({"erase_area": (0.0, 0.1)}, "erase_area"),
         ({"erase_area": (0.3, 0.2)}, "erase_area"),
         ({"erase_area": (0.3, 1.0)}, "erase_area"),
+        ({"scale": (1, 2, 3)}, r"scale must be \(smallest, largest\), two numbers; got \(1, 2, 3\)"),
+        ({"scale": 1.2}, "scale must be .*; got 1.2"),
+        ({"scale": "12"}, "scale must be .*; got '12'"),
+        ({"scale": ("1", "2")}, "scale must be .*; got"),
+        ({"erase_area": 0.2}, "erase_area must be .*; got 0.2"),
     ],
 )
 def test_values_out_of_range_are_refused(values: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Augment(**values)  # type: ignore[arg-type]
+
+
+def test_ranges_may_be_lists_and_are_kept_as_values_are() -> None:
+    augment = Augment(scale=[1, 1], erase_area=[0.1, 0.2])  # type: ignore[arg-type]  # as a file of settings has them
+    assert augment == Augment(erase_area=(0.1, 0.2))
+    assert hash(augment) == hash(Augment(erase_area=(0.1, 0.2)))
+    assert augment.draw(3, (8, 8)).affine is None
+
+
+@pytest.mark.parametrize("name", ["photos", "photo_strong", ""])
+def test_what_is_no_preset_is_refused_with_those_that_are(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"Known: faces, ink, ink-strong, none, photo, photo-strong$"):
+        Augment.named(name)
 
 
 def test_unknown_presets_name_the_nearest() -> None:
@@ -155,6 +173,17 @@ def test_slices_are_changed_as_the_whole_is_to_the_bit(augment: Augment, threads
             assert torch.equal(torch.cat(parts), whole)
     finally:
         torch.set_num_threads(before)
+
+
+@each
+@pytest.mark.parametrize("size", [(1, 120), (120, 1), (1, 1), (2, 61), (5, 224)])
+def test_slices_of_thin_images_are_changed_as_the_whole_is_to_the_bit(augment: Augment, size: tuple[int, int]) -> None:
+    images = noise(33, size=size)
+    changes = augment.draw(33, size, generator())
+    whole = changes.apply(images)
+    for count in (1, 2, 5):
+        parts = [changes[i : i + count].apply(images[i : i + count]) for i in range(0, 33, count)]
+        assert torch.equal(torch.cat(parts), whole)
 
 
 @each
@@ -223,6 +252,20 @@ def test_moves_are_what_affine_grid_makes_of_them() -> None:
     grid = torch.nn.functional.affine_grid(changes.affine, list(images.shape), align_corners=False)
     expected = torch.nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
     torch.testing.assert_close(changes.apply(images), expected, rtol=0, atol=1e-2)
+
+
+def test_bends_are_the_plain_sum_over_their_grid_of_points() -> None:
+    """A horizontal ramp, bent: each pixel shows where it was taken from, within one level."""
+    width, height = 60, 7
+    ramp = (torch.arange(width).float() * 4).expand(1, 1, height, width).contiguous()
+    changes = Augment(elastic=0.01).draw(1, (height, width), generator())
+    assert changes.bend is not None
+    x, y = (np.arange(width) + 0.5) * 7 / width, (np.arange(height) + 0.5) * 7 / height
+    across, down = (np.exp(-((side[:, None] - np.arange(8)) ** 2) / 2) for side in (x, y))
+    across, down = (side / np.sqrt((side**2).sum(axis=1, keepdims=True)) for side in (across, down))
+    moved = np.einsum("rp,pq,cq->rc", down, changes.bend[0, 0].numpy(), across) * width / 2
+    expected = np.clip(4 * (np.arange(width) + moved), 0, 4 * (width - 1))
+    np.testing.assert_allclose(changes.apply(ramp)[0, 0].numpy(), expected, atol=1e-2)
 
 
 def test_bends_move_points_by_the_deviation_and_neighbours_together() -> None:
@@ -333,7 +376,6 @@ def test_erased_boxes_have_the_mean_colour_and_the_wanted_area() -> None:
 
 
 def test_presets_are_about_what_they_are_named_after() -> None:
-    assert Augment.named("photos") == Augment.named("photo")
     for name in ("ink", "ink-strong"):
         assert Augment.named(name).flip == 0  # mirrored letters are other letters
     face, photo = Augment.named("faces"), Augment.named("photo")

@@ -1,9 +1,13 @@
 """Labelled images: every kind of input, the splits, and the pixels."""
 
+import csv
 import os
 import re
+import tracemalloc
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,6 +78,40 @@ def test_parquet_and_csv_agree(folder: Path) -> None:
     assert one.labels.tolist() == two.labels.tolist() == [1, 0]
 
 
+def load_both(folder: Path, columns: dict[str, list[Any]]) -> list[ImageDataset]:
+    """Return what is read of a table that pandas might write, with floats for whole numbers beside a gap."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table(columns), folder / "t.parquet")
+    with (folder / "t.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(columns)
+        rows.writerows(["" if v is None else v for v in row] for row in zip(*columns.values(), strict=True))
+    return [ImageDataset.load(folder / "t.parquet"), ImageDataset.load(folder / "t.csv")]
+
+
+def test_space_around_values_makes_no_class_in_parquet_either(folder: Path) -> None:
+    paths = [f"latin/a/{i}.png" for i in range(4)]
+    for dataset in load_both(folder, {"path": [" " + path for path in paths], "label": ["a", " a", "b ", "b"]}):
+        assert dataset.classes == ("a", "b")
+        assert dataset.labels.tolist() == [0, 0, 1, 1]
+        assert dataset.images == [folder / path for path in paths]
+
+
+@pytest.mark.parametrize("label", [[1, 1, 20, 20, 3], [1.0, 1.0, 20.0, 20.0, None]], ids=["whole", "gap"])
+@pytest.mark.parametrize("writers", [[None, None, None, None, 20.0], ["", "", "", "", "20"]], ids=["floats", "text"])
+def test_numbers_that_a_gap_made_floats_name_their_writer(folder: Path, label: list[Any], writers: list[Any]) -> None:
+    paths = [f"latin/a/{i}.png" for i in range(4)] + ["latin/b/0.png"]
+    for dataset in load_both(folder, {"path": paths, "label": label, "forgery_of": writers}):
+        assert dataset.forgery_of is not None
+        owner = dataset.classes[dataset.forgery_of[4]]
+        assert float(owner) == 20
+        assert dataset.labels[2] == dataset.labels[3] == dataset.forgery_of[4]
+        assert dataset.classes[dataset.labels[4]] == f"{owner}/forged/latin/b/0.png"
+        assert len(dataset.identities) == 2
+
+
 @pytest.mark.parametrize("labels", [["x", None], [1.0, float("nan")]])
 def test_a_label_that_parquet_lacks_is_refused_with_its_row(folder: Path, labels: list[object]) -> None:
     import pyarrow as pa
@@ -108,13 +146,29 @@ def test_parquet_without_its_package_names_the_extra(folder: Path, monkeypatch: 
         ("path,label,forgery_of,forgery_of\na,b,,\n", "column 'forgery_of' twice"),
         ("path, label ,path\na,b,c\n", "column 'path' twice"),
         ("path,label,split\nlatin/a/0.png,x,train\nlatin/a/0.png,x,val\n", "in train and in val"),
+        ("path,label,split\nlatin/a/0.png,x,train\nlatin/../latin/a/0.png,x,val\n", r"latin/a/0\.png is in train and"),
+        ("path,label,split\nlatin/a/0.png,x,val\nlink.png,x,train\n", r"latin/a/0\.png is in train and in val"),
+        ("path,label\nlatin/a/0.png,x\n" + "y" * 5000 + ",x\n", r"row 2: y{60}\.\.\. cannot be opened: File name too"),
+        ("path,label\nlatin/a/0.png,1\nlatin/a/1.png,one\nlatin/a/2.png,01\n", "'1' of row 1 and '01' of row 3 are"),
+        ("path,label\nlatin/a/0.png,x\nlatin/a/1.png,1.0\nlatin/a/2.png,1\n", "'1.0' of row 2 and '1' of row 3"),
+        ("path,label\nlatin/a/0.png,-0\nlatin/a/1.png,+0.00\n", "'-0' of row 1 and '[+]0.00' of row 2 are one number"),
         ("path,label,split\nlatin/a/0.png,x,test\n", "row 1: split must be train or val; got 'test'"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_refused_with_its_row(folder: Path, content: str, words: str) -> None:
     (folder / "t.csv").write_text(content)
-    with pytest.raises(DataError, match=words):
+    (folder / "link.png").symlink_to("latin/a/0.png")
+    with pytest.raises(DataError, match=words) as caught:
         ImageDataset.load(folder / "t.csv")
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_that_only_look_alike_are_classes_of_their_own(folder: Path) -> None:
+    labels = ["1", "1e0", "1_0", "10", "0x1", "1.5", "1/1", "\u0661", "1" * 5000]
+    rows = [f"latin/{name}/{i}.png" for name in "abc" for i in range(4)]
+    lines = [f"{path},{label}" for path, label in zip(rows, labels, strict=False)]
+    (folder / "t.csv").write_text("path,label\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    assert ImageDataset.load(folder / "t.csv").classes == tuple(sorted(labels))
 
 
 def test_files_that_are_no_tables_are_refused(folder: Path) -> None:
@@ -200,6 +254,58 @@ def test_a_class_with_one_image_may_stand_beside_others() -> None:
     train, held = dataset.split("none", share=0.2, seed=0)
     assert held is None
     assert train.classes == ("0", "1", "2")
+
+
+class Targets:
+    """A data set as torchvision has them: targets by number, and names of the classes."""
+
+    classes = ("cat", "dog", "ship")
+
+    def __init__(self, targets: object) -> None:
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
+        return np.zeros((8, 8), np.uint8), 0
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [[2, 0, 2, 0], np.array([2, 0, 2, 0]), torch.tensor([2, 0, 2, 0]), list(np.array([2, 0, 2, 0], dtype=np.uint8))],
+    ids=["list", "numpy", "torch", "scalars"],
+)
+def test_numbered_targets_go_by_the_names_of_their_classes(targets: object) -> None:
+    dataset = ImageDataset.from_torchvision(Targets(targets))
+    assert dataset.classes == ("cat", "ship")
+    assert dataset.labels.tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("as_type", [list, np.array, torch.tensor])
+def test_a_target_of_minus_one_is_never_the_last_class(as_type: Callable[[list[int]], object]) -> None:
+    with pytest.raises(DataError, match="item 2 has no label; got -1"):
+        ImageDataset.from_torchvision(Targets(as_type([0, 1, -1, 2])))
+
+
+def test_one_long_label_costs_its_own_length_and_no_more() -> None:
+    labels = [f"class {i % 100}" for i in range(20_000)]
+    labels[7] = "x" * 20_000
+    tracemalloc.start()
+    try:
+        dataset = ImageDataset.from_arrays(range(20_000), labels)  # type: ignore[arg-type]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20e6  # as an array of text of one width it is 1.6 GB
+    assert len(dataset.classes) == 101
+    assert [dataset.classes[label] for label in dataset.labels] == labels
+
+
+def test_labels_that_differ_in_a_closing_nul_are_two_classes() -> None:
+    dataset = ImageDataset.from_arrays([np.zeros((8, 8), np.uint8)] * 3, ["a\0", "a", "a\0"])
+    assert dataset.classes == ("a", "a\0")
+    assert dataset.labels.tolist() == [1, 0, 1]
 
 
 def test_tensors_of_targets_are_labels() -> None:

@@ -202,6 +202,19 @@ def test_an_image_that_cannot_be_read_names_split_and_row(tmp_path: Path) -> Non
         assert error.value.source == f"validation[{row}]"
 
 
+def test_a_row_with_neither_bytes_nor_path_has_no_image() -> None:
+    import pyarrow as pa
+
+    cells = pa.array(
+        [picture(1), {"bytes": None, "path": None}], pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    )
+    rows = datasets.Dataset(pa.table({"image": cells, "label": ["a", "b"]})).cast_column("image", IMAGE)
+    dataset = from_huggingface(rows)
+    assert np.asarray(dataset.images[0])[0, 0] == 1
+    with pytest.raises(ImageError, match=r"rows\[1\]: is empty: the row has no image"):
+        dataset.images[1]
+
+
 def test_a_name_of_the_hub_is_loaded_with_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

@@ -98,15 +98,33 @@ def test_more_unreadable_images_than_the_share_stop_the_run(damaged: ImageDatase
         list(PixelDataset(damaged, GREY, workers=workers, max_unreadable=0.1).in_order(8, workers=workers))
     message = str(caught.value)
     assert message.startswith(f"{damaged.images[TRUNCATED]}: is truncated")
-    assert "3 of 20 images cannot be read, this one first" in message
+    assert "3 of the 20 images here (training and validation count apart) cannot be read, this one first" in message
     assert "at most 2 (a share of 0.1)" in message
     assert "raise max_unreadable" in message
     assert "\n" not in message
 
 
+def test_an_error_of_several_lines_becomes_one_of_one_line(cached: bool) -> None:
+    class Items(list[int]):
+        targets = (0, 0, 1, 1)
+
+        def __getitem__(self, position: object) -> tuple[np.ndarray, int]:
+            if position == 2:
+                raise OSError("broken:\n  the first reason\n  the second")
+            return np.zeros((8, 8), np.uint8), 0
+
+    dataset = ImageDataset.from_torchvision(Items(range(4)))
+    pixels = PixelDataset(dataset, GREY, max_unreadable=0.5)
+    list(pixels.in_order(2))
+    reason = "cannot be read: broken: the first reason the second"
+    assert pixels.unreadable == {"item 2 of the data set": reason}
+    with pytest.raises(ImageError, match=rf"^item 2 of the data set: {reason}; 1 of the 4 .*max_unreadable$"):
+        list(PixelDataset(dataset, GREY, max_unreadable=0).in_order(2))
+
+
 def test_by_default_one_in_twenty_is_too_many_and_zero_stops_at_the_first(damaged: ImageDataset, cached: bool) -> None:
     for settings in ({}, {"max_unreadable": 0.0}):
-        with pytest.raises(ImageError, match=r"05\.jpg: is truncated.*1 of 20 .* at most 0"):
+        with pytest.raises(ImageError, match=r"05\.jpg: is truncated.*1 of the 20 .* at most 0"):
             list(PixelDataset(damaged, GREY, **settings).in_order(4))
 
 
@@ -118,14 +136,14 @@ def test_the_share_is_a_limit_that_may_be_reached(monkeypatch: pytest.MonkeyPatc
     pixels = PixelDataset(dataset, GREY, max_unreadable=0.29)
     assert sum(len(batch.labels) for batch in pixels.in_order(10)) == 71
     assert list(pixels.unreadable) == [f"image {i}" for i in range(29)]
-    with pytest.raises(ImageError, match="29 of 100"):
+    with pytest.raises(ImageError, match="29 of the 100"):
         list(PixelDataset(dataset, GREY, max_unreadable=0.28).in_order(10))
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_out_of_range_is_refused(share: float) -> None:
     dataset = ImageDataset.from_arrays([np.zeros((8, 8), np.uint8)] * 2, "ab")
-    with pytest.raises(ConfigError, match=r"max_unreadable .* \[0, 1\)"):
+    with pytest.raises(ConfigError, match=r"max_unreadable .* \[0, 1\]; got"):
         PixelDataset(dataset, GREY, max_unreadable=share)
 
 

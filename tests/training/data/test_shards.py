@@ -71,6 +71,44 @@ def test_a_list_of_shards_keeps_its_order(shards: Path) -> None:
     assert len(from_shards(shards / "train-000001.tar")) == 4
 
 
+def test_a_shard_is_never_read_twice_under_two_names(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shards)
+    shard, link = shards / "train-000000.tar", shards / "link.tar"
+    link.symlink_to(shard)
+    for other in (shard, link, "train-000000.tar", f"{shards.parent}/{shards.name}/../{shards.name}/train-*0.tar"):
+        with pytest.raises(DataError, match=r"the shard .*train-000000\.tar .*is named twice") as caught:
+            from_shards([shard, other])
+        assert (f"(also as {other})" in str(caught.value)) == (other in (link, "train-000000.tar"))
+    assert len(from_shards([link, "train-000001.tar"])) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("0.json", b"[" * 100_000, "recursion"),
+        ("0.json", b'{"label": ' + b"9" * 5000 + b"}", "4300 digits"),
+        ("0.cls", b"9" * 5000, "4300 digits"),
+    ],
+)
+def test_a_label_of_absurd_size_is_refused_with_its_member(tmp_path: Path, name: str, data: bytes, words: str) -> None:
+    write(tmp_path / "a.tar", {"0.png": picture(0), name: data})
+    with pytest.raises(DataError, match=rf"a\.tar: {name} holds no label: .*{words}"):
+        from_shards(tmp_path / "a.tar")
+
+
+def test_a_name_too_long_for_a_file_is_an_error_of_one_line_or_a_pattern(shards: Path) -> None:
+    with pytest.raises(DataError, match="there is no shard xxx"):
+        load_source("x" * 5000 + ".tar")
+    with pytest.raises(DataError, match=r"^x{60}\.\.\. cannot be opened: File name too long$"):
+        load_source("x" * 5000)
+    (shards / "more").mkdir()
+    for number in range(400):
+        (shards / "more" / f"{number:012d}.tar").symlink_to(shards / "train-000001.tar")
+    names = ",".join(f"{number:012d}" for number in range(400))
+    with pytest.raises(DataError, match="is named twice"):  # the pattern was understood: all are links to one shard
+        load_source(f"{shards}/more/{{{names}}}.tar")
+
+
 def test_images_are_read_at_random_and_from_the_end(shards: Path) -> None:
     dataset = from_shards(str(shards / "*.tar"))
     order = np.random.default_rng(0).integers(-12, 12, size=40)

@@ -4,9 +4,11 @@
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ class Augment:
         erase_area: smallest and largest share of the image that such a box covers.
 
     Raises:
-        ConfigError: if a value is out of range.
+        ConfigError: if a value is out of range, or a range is no pair of numbers.
     """
 
     rotate: float = 0.0
@@ -75,6 +77,8 @@ class Augment:
     erase_area: tuple[float, float] = (0.02, 0.2)
 
     def __post_init__(self) -> None:
+        for name in ("scale", "erase_area"):
+            object.__setattr__(self, name, _pair(name, getattr(self, name)))
         if not 0 < self.scale[0] <= self.scale[1] < math.inf:
             raise ConfigError(f"scale must be (smallest, largest), both above 0; got {self.scale}")
         for name, most in _MOST.items():
@@ -89,9 +93,9 @@ class Augment:
     def named(cls, name: str) -> "Augment":
         """Return a preset.
 
-        "none"; "ink" for drawings and handwriting, bright on black, never mirrored; "photo" (or "photos") for
-        photographs of things; "faces" for portraits that are aligned already. "ink-strong" also bends and thickens the
-        strokes, "photo-strong" also changes colours, blurs and erases.
+        "none"; "ink" for drawings and handwriting, bright on black, never mirrored; "photo" for photographs of
+        things; "faces" for portraits that are aligned already. "ink-strong" also bends and thickens the strokes,
+        "photo-strong" also changes colours, blurs and erases.
 
         Raises:
             ConfigError: if there is no such preset.
@@ -105,7 +109,6 @@ class Augment:
             "ink": ink,
             "ink-strong": {**ink, "elastic": 0.02, "stroke": 0.5},
             "photo": {**photo, "padding": "reflection"},
-            "photos": {**photo, "padding": "reflection"},
             "photo-strong": {**photo, "padding": "reflection", **colours},
             "faces": {**face, "saturation": 0.2, "grey": 0.1, "blur": 0.01, "erase": 0.25},
         }
@@ -207,6 +210,17 @@ class Augment:
         left = (draw[4] * (size[1] - width + 1)).floor().clamp(max=size[1] - 1)
         boxes = torch.stack([top, left, top + height, left + width], dim=1)
         return (boxes * (draw[0] < self.erase)[:, None]).long()
+
+
+def _pair(name: str, value: Any) -> tuple[float, float]:
+    """Return two numbers, of a list from a file of settings too, as a tuple."""
+    if (
+        not isinstance(value, Sequence)
+        or len(value) != 2
+        or not all(isinstance(number, int | float | np.integer | np.floating) for number in value)
+    ):
+        raise ConfigError(f"{name} must be (smallest, largest), two numbers; got {value!r}")
+    return float(value[0]), float(value[1])
 
 
 def _uniform(rows: int, count: int, generator: torch.Generator | None) -> Tensor:

@@ -167,9 +167,18 @@ def _grid(drawn: Changes, device: torch.device) -> Tensor:
         across, down, shift = drawn.affine[..., None, None].unbind(dim=2)  # each (B, 2, 1, 1)
         grid = across * x + down * y + shift  # (B, 2, H, W)
     if drawn.bend is not None:
-        rows, columns = _spread(height, device), _spread(width, device)
-        grid = grid + torch.matmul(torch.matmul(rows, drawn.bend), columns.T)
+        grid = grid + _bent(drawn.bend, drawn.size)
     return grid.permute(0, 2, 3, 1)
+
+
+def _bent(bend: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return (B, 2, H, W): how far each pixel moves.
+
+    A product a plane: `matmul` would fold the images into the rows of one product, and round by their number.
+    """
+    planes = bend.flatten(0, 1)  # (2B, 8, 8)
+    rows, columns = (_spread(side, bend.device).expand(len(planes), -1, -1) for side in size)
+    return torch.bmm(torch.bmm(rows, planes), columns.transpose(1, 2)).view(len(bend), 2, *size)
 
 
 def _spread(side: int, device: torch.device) -> Tensor:

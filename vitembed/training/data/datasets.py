@@ -16,11 +16,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from vitembed.errors import ConfigError, DataError, ImageError, unknown_name
 from vitembed.images import ImageSource, list_images
-from vitembed.training.data.labels import Names, names_of_folders, names_of_labels, names_of_signatures
+from vitembed.training.data.labels import Names, name_numbers, names_of_folders, names_of_labels, names_of_signatures
 from vitembed.training.data.lazy import LazyImages
 from vitembed.training.data.splits import leaked_classes, of_classes, pick_classes, pick_images
 from vitembed.training.data.tables import read_table
@@ -82,7 +81,11 @@ class ImageDataset:
             DataError: if the path does not exist or is of another kind.
         """
         path = Path(source)
-        if path.is_dir():
+        try:
+            is_folder = path.is_dir()
+        except OSError as error:  # such as a name that is too long
+            raise DataError(f"{os.fspath(source)[:60]}... cannot be opened: {error.strerror}") from error
+        if is_folder:
             return cls.from_folder(path)
         if path.suffix.lower() in (".csv", ".parquet") and path.is_file():
             return cls.from_table(path)
@@ -163,7 +166,7 @@ class ImageDataset:
         `labels` where it has them, and from its items otherwise.
 
         Raises:
-            DataError: if the items are no pairs.
+            DataError: if the items are no pairs, or one has no label: -1 beside named classes.
         """
         labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
         if labels is None:
@@ -171,12 +174,8 @@ class ImageDataset:
                 labels = [label for _, label in (dataset[i] for i in range(len(dataset)))]
             except (OSError, TypeError, ValueError) as error:
                 raise DataError(f"expected a data set whose items are (image, label) pairs: {error}") from error
-        if isinstance(labels, Tensor):
-            labels = labels.tolist()
         names = getattr(dataset, "classes", None)
-        if isinstance(names, Sequence) and all(isinstance(label, int) and label < len(names) for label in labels):
-            labels = [names[label] for label in labels]
-        return cls.from_arrays(_LazyItems(dataset), labels)
+        return cls.from_arrays(_LazyItems(dataset), name_numbers(labels, names if isinstance(names, Sequence) else []))
 
     def subset(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> "ImageDataset":
         """Return the chosen images, with classes left out that have none and that none of them imitates."""
@@ -288,8 +287,9 @@ class ImageDataset:
     def _named(
         cls, images: Sequence[ImageSource], names: Names, is_validation: NDArray[np.bool_] | None = None
     ) -> "ImageDataset":
-        classes, labels = np.unique(np.asarray(names.classes, dtype=object).astype(str), return_inverse=True)
-        numbers = {name: label for label, name in enumerate(classes.tolist())}
+        classes = tuple(sorted(set(names.classes)))
+        numbers = {name: label for label, name in enumerate(classes)}
+        labels = np.fromiter((numbers[name] for name in names.classes), dtype=np.int64, count=len(names.classes))
         writers = np.full(len(labels), -1)
         for position, writer in enumerate(names.forgery_of):
             if writer is not None and writer not in numbers:
@@ -298,7 +298,7 @@ class ImageDataset:
                     "add some, or take the forgery out"
                 )
             writers[position] = -1 if writer is None else numbers[writer]
-        return cls(images, labels.astype(np.int64), tuple(classes.tolist()), is_validation, writers)
+        return cls(images, labels, classes, is_validation, writers)
 
 
 class _LazyItems(LazyImages):

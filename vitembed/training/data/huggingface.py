@@ -4,6 +4,7 @@ The columns and splits are found by themselves where there is no doubt, and aske
 encoded until they are fetched, and are then decoded by our own rules (EXIF orientation, 16 bits, transparency).
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def from_huggingface(
 
 def is_saved_dataset(folder: Path) -> bool:
     """Tell whether a folder was written by `save_to_disk` of the `datasets` library."""
-    return any((folder / mark).is_file() for mark in _MARKS)
+    return any(os.path.isfile(folder / mark) for mark in _MARKS)  # noqa: PTH113 - Path's raises for a long name
 
 
 class _Rows(LazyImages):
@@ -94,7 +95,7 @@ class _Rows(LazyImages):
         split, rows = self._splits[number]
         row = position - (int(self._ends[number - 1]) if number else 0)
         cell, name = rows[row][self._column], f"{split}[{row}]"
-        if cell is None:
+        if cell is None or (cell["bytes"] is None and cell["path"] is None):
             raise ImageError(name, "is empty: the row has no image")
         if cell["bytes"] is not None:
             return decode_image(cell["bytes"], name)

@@ -96,6 +96,24 @@ def names_of_labels(labels: Iterable[object], forgery_of: Iterable[object] | Non
     )
 
 
+def name_numbers(labels: Iterable[object], names: Sequence[str]) -> list[object]:
+    """Return labels by name where each is a whole number below the number of names, and as they are where not.
+
+    Raises:
+        DataError: naming the first item whose label is negative, which is how torchvision says that there is none.
+    """
+    if isinstance(labels, np.ndarray | Tensor) and labels.ndim == 1:
+        labels = labels.tolist()
+    given = [_plain(label) for label in labels]
+    numbers = [label for label in given if isinstance(label, int) and label < len(names)]
+    if not names or len(numbers) < len(given):
+        return given
+    for item, number in enumerate(numbers):
+        if number < 0:
+            raise DataError(f"item {item} has no label; got {number}: leave it out, or take a split with labels")
+    return [names[number] for number in numbers]
+
+
 def _writer_of(path: Path, root: Path) -> str | None:
     """Return the WRITER of root/WRITER/genuine/x.png or root/WRITER/forged/x.png; None for an image elsewhere."""
     folder = path.parent

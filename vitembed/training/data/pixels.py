@@ -51,7 +51,7 @@ class PixelDataset(Dataset[_Fetched]):
         dataset: the images.
         preprocess: from images to pixels.
         workers: processes that decode the images that are read into memory.
-        max_unreadable: share of the images, in [0, 1), that may be set aside because they cannot be read; 0 stops at
+        max_unreadable: share of the images, in [0, 1], that may be set aside because they cannot be read; 0 stops at
             the first.
 
     Attributes:
@@ -68,8 +68,8 @@ class PixelDataset(Dataset[_Fetched]):
     def __init__(
         self, dataset: ImageDataset, preprocess: Preprocess, *, workers: int = 0, max_unreadable: float = 0.01
     ) -> None:
-        if not 0 <= max_unreadable < 1:
-            raise ConfigError(f"max_unreadable is a share of the images and must lie in [0, 1); got {max_unreadable}")
+        if not 0 <= max_unreadable <= 1:
+            raise ConfigError(f"max_unreadable is a share of the images and must lie in [0, 1]; got {max_unreadable}")
         self.dataset = dataset
         self.preprocess = preprocess
         self.max_unreadable = max_unreadable
@@ -146,14 +146,15 @@ class PixelDataset(Dataset[_Fetched]):
     def _set_aside(self, position: int, error: ImageError) -> None:
         """Take down an image that cannot be read, in the main process, and stop if there are too many."""
         self._is_readable[position] = False
-        self.unreadable.setdefault(error.source, error.reason)
+        self.unreadable.setdefault(error.source, " ".join(error.reason.split()))  # others' errors may have lines
         count, allowed = len(self.unreadable), int(self.max_unreadable * len(self) + 1e-6)  # 0.29 * 100 is 28.999...
         if count > allowed:
             first, reason = next(iter(self.unreadable.items()))
             raise ImageError(
                 first,
-                f"{reason}; {count} of {len(self)} images cannot be read, this one first, and at most {allowed} (a "
-                f"share of {self.max_unreadable:g}) may be left out: repair or remove them, or raise max_unreadable",
+                f"{reason}; {count} of the {len(self)} images here (training and validation count apart) cannot be "
+                f"read, this one first, and at most {allowed} (a share of {self.max_unreadable:g}) may be left out: "
+                "repair or remove them, or raise max_unreadable",
             )
 
 

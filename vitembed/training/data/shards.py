@@ -53,9 +53,7 @@ def from_shards(shards: Shards) -> ImageDataset:
             a sample without an image or label, or one that is there twice.
     """
     paths = list(_paths(shards))
-    twice = [path for path, same in itertools.groupby(sorted(paths)) if len(list(same)) > 1]
-    if twice:
-        raise DataError(f"the shard {twice[0]} is named twice; each of its images would be there twice")
+    _check_distinct(paths)
     labels: list[str] = []
     places: list[NDArray[Any]] = []
     for number, path in enumerate(paths):
@@ -75,7 +73,7 @@ def is_shards(text: str) -> bool:
     >>> is_shards("train-{000..012}.tar"), is_shards("train.tar.gz"), is_shards("photos/target")
     (True, True, False)
     """
-    return re.search(r"\.(tar|tgz)(\.\w+)?$", text.lower()) is not None and not Path(text).is_dir()
+    return re.search(r"\.(tar|tgz)(\.\w+)?$", text.lower()) is not None and not os.path.isdir(text)  # noqa: PTH112
 
 
 class _ShardImages(LazyImages):
@@ -151,16 +149,30 @@ def _paths(shards: Shards) -> Iterator[Path]:
     if not shards:
         raise DataError("expected at least one shard; got an empty list")
     for pattern in map(str, shards):
-        if Path(pattern).is_file():
+        if _is_file(pattern):
             yield Path(pattern)
             continue
         for name in _expand_braces(pattern):
-            found = [name] if Path(name).is_file() else sorted(glob.glob(name))  # noqa: PTH207 - may start anywhere
+            found = [name] if _is_file(name) else sorted(glob.glob(name))  # noqa: PTH207 - may start anywhere
             if not found:
                 raise DataError(
                     f"there is no shard {name}; expected a .tar file, or a pattern such as a-{{00..12}}.tar"
                 )
             yield from map(Path, found)
+
+
+def _is_file(name: str) -> bool:
+    return os.path.isfile(name)  # noqa: PTH113 - that of Path raises errors for a name that is too long
+
+
+def _check_distinct(paths: Sequence[Path]) -> None:
+    """Refuse a shard that is named twice, be it in another way or by a link."""
+    seen: dict[str, Path] = {}
+    for path in paths:
+        first = seen.setdefault(os.path.realpath(path), path)
+        if first is not path:
+            also = "" if first == path else f" (also as {path})"
+            raise DataError(f"the shard {first}{also} is named twice; each of its images would be there twice")
 
 
 def _expand_braces(pattern: str) -> Iterator[str]:
@@ -273,11 +285,13 @@ def _label(path: Path, tar: tarfile.TarFile, key: str, members: dict[str, tarfil
     try:
         text = data.decode("utf-8-sig").strip()
         label = _label_of_json(text) if extension == "json" else text
-    except ValueError as error:  # no UTF-8, no JSON
+        if extension == "cls" and label.isdecimal():
+            label = str(int(label))
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of thousands of digits
         raise DataError(f"{path}: {member.name} holds no label: {error}") from error
     if not label:
         raise DataError(f"{path}: {member.name} holds no label: it is empty")
-    return str(int(label)) if extension == "cls" and label.isdecimal() else label
+    return label
 
 
 def _label_of_json(text: str) -> str:

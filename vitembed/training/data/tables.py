@@ -5,8 +5,10 @@ Every error names the table, and the row where there is one; rows are counted fr
 
 import csv
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -44,14 +46,52 @@ def read_table(source: str | os.PathLike[str]) -> Table:
     path = Path(source)
     columns = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
     images = _files(path, columns["path"])
-    names = Names([], [])
-    forged = columns.get("forgery_of", [""] * len(images))
-    for row, (name, label, writer) in enumerate(zip(columns["path"], columns["label"], forged, strict=True), start=1):
-        if not label and not writer:
-            raise DataError(f"{path}, row {row}: the label is empty; every image but a forgery needs one")
-        names.classes.append(name_forgery(writer, name) if writer else label)
-        names.forgery_of.append(writer or None)
+    names = _names(path, columns["path"], columns["label"], columns.get("forgery_of", [""] * len(images)))
     return Table(images, names, _split_of(path, columns["split"], images) if "split" in columns else None)
+
+
+def _names(table: Path, files: Sequence[str], labels: Sequence[str], writers: Sequence[str]) -> Names:
+    """Name the images after their labels, and forgeries after the writer in the column forgery_of.
+
+    A writer that is no label, but is one as a number, is meant: "1.0" is what becomes of 1 in a column with gaps.
+    """
+    numbered = _by_number(table, labels, writers)
+    known = {label for label, writer in zip(labels, writers, strict=True) if not writer}
+    names = Names([], [])
+    for row, (name, label, writer) in enumerate(zip(files, labels, writers, strict=True), start=1):
+        if not label and not writer:
+            raise DataError(f"{table}, row {row}: the label is empty; every image but a forgery needs one")
+        owner = writer if writer in known else numbered.get(_number(writer), writer)
+        names.classes.append(name_forgery(owner, name) if writer else label)
+        names.forgery_of.append(owner or None)
+    return names
+
+
+def _by_number(table: Path, labels: Sequence[str], writers: Sequence[str]) -> dict[Decimal | None, str]:
+    """Return the labels of genuine images that are numbers by their value, and refuse two of one value."""
+    first_rows: dict[str, int] = {}
+    for row, (label, writer) in enumerate(zip(labels, writers, strict=True), start=1):
+        if not writer:
+            first_rows.setdefault(label, row)
+    numbered: dict[Decimal | None, str] = {}
+    for label, row in first_rows.items():
+        number = _number(label)
+        other = label if number is None else numbered.setdefault(number, label)
+        if other != label:
+            raise DataError(
+                f"{table}: the labels {other!r} of row {first_rows[other]} and {label!r} of row {row} are one number, "
+                "but would be two classes; write it in one way, or give two classes names that are no numbers"
+            )
+    return numbered
+
+
+def _number(text: str) -> Decimal | None:
+    """Return the value of plain decimals, and None for all else ("1e3" and "1_000" are names).
+
+    >>> _number("007.0") == _number("7"), _number("7 b")
+    (True, None)
+    """
+    return Decimal(text) if re.fullmatch(r"[+-]?[0-9]+(\.[0-9]*)?", text) else None
 
 
 def _files(table: Path, names: Sequence[str]) -> list[Path]:
@@ -59,7 +99,11 @@ def _files(table: Path, names: Sequence[str]) -> list[Path]:
     images = []
     for row, name in enumerate(names, start=1):
         image = table.parent / name
-        if not image.is_file():
+        try:
+            found = image.is_file()
+        except OSError as error:  # such as a name that is too long
+            raise DataError(f"{table}, row {row}: {name[:60]}... cannot be opened: {error.strerror}") from error
+        if not found:
             raise DataError(f"{table}, row {row}: there is no image {image}; paths start at the table's folder")
         images.append(image)
     return images
@@ -70,7 +114,8 @@ def _split_of(table: Path, values: Sequence[str], images: Sequence[Path]) -> NDA
     for row, value in enumerate(values, start=1):
         if value not in ("train", "val"):
             raise DataError(f"{table}, row {row}: split must be train or val; got {value!r}")
-    sides = {side: {p for p, value in zip(images, values, strict=True) if value == side} for side in ("train", "val")}
+    files = [os.path.realpath(image) for image in images]  # one file may go by several names
+    sides = {side: {p for p, value in zip(files, values, strict=True) if value == side} for side in ("train", "val")}
     both = sides["train"] & sides["val"]
     if both:
         raise DataError(f"{table}: {min(both)} is in train and in val; an image may be in one of them")
@@ -105,8 +150,18 @@ def _read_parquet(path: Path) -> dict[str, list[str]]:
         raise DataError(f"{path} cannot be read as a Parquet table: {error}") from error
     _check_columns(path, table.column_names, table.num_rows)
     wanted = [name for name in COLUMNS if name in table.column_names]
-    # NaN is what differs from itself.
-    return {name: ["" if v is None or v != v else str(v) for v in table.column(name).to_pylist()] for name in wanted}
+    return {name: [_text(value) for value in table.column(name).to_pylist()] for name in wanted}
+
+
+def _text(value: object) -> str:
+    """Return a value of Parquet as a CSV would have it: whole numbers became floats where one is missing beside them.
+
+    >>> _text(" a "), _text(7), _text(7.0), _text(0.5), _text(None), _text(float("nan"))
+    ('a', '7', '7', '0.5', '', '')
+    """
+    if value is None or value != value:  # NaN is what differs from itself
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
 def _check_columns(path: Path, header: Sequence[str], rows: int) -> None:

@@ -184,7 +184,7 @@ _EQUAL = Cause(
     "so begin with 'semihard' or 'all'",
     fatal=False,
 )
-_AT_MARGIN = Cause(
+AT_MARGIN = Cause(
     "loss-at-margin",
     _is_at_margin,
     lambda now, _, loss: f"the loss {now.loss:.4g} stays at the margin {loss.margin:g}: {_distances(now)}",
@@ -242,8 +242,8 @@ TABLE = (
         "the loss is saturated or the network dead: check scale and margin of the loss, or begin with other weights",
         fatal=True,
     ),
-    _later(_AT_MARGIN, 5),
-    _AT_MARGIN,
+    _later(AT_MARGIN, 5),
+    AT_MARGIN,
     Cause(
         "gradient-exploding",
         _has_exploded,

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from vitembed.errors import CheckpointError, ConfigError
-from vitembed.training.health.causes import TABLE, Cause, LossTraits, Past
+from vitembed.training.health.causes import AT_MARGIN, NEAR, TABLE, Cause, LossTraits, Past
 from vitembed.training.health.signals import Signals
 
 CAUSES = ("not-finite", *dict.fromkeys(cause.name for cause in TABLE))  # the words that a diagnosis can have
@@ -100,6 +100,28 @@ class CollapseDoctor:
             told = Diagnosis(due[0].name, evidence, due[0].advice, due[0].fatal)
         self._past.end(signals)
         return told
+
+    def conclude(self, loss: float, positive_distance: float, negative_distance: float) -> Diagnosis | None:
+        """Judge a training that is over, too short for the patience of `observe` perhaps, by its last epoch.
+
+        Args:
+            loss: the epoch's mean.
+            positive_distance: of images of one class, the epoch's mean.
+            negative_distance: of images of two classes.
+
+        Returns:
+            That the loss ended at the margin, if it did and was not told before; else None.
+        """
+        margin = self._loss.margin
+        if not margin or (self._counts.get(AT_MARGIN.key, 0) and AT_MARGIN.key in self._told):
+            return None
+        if negative_distance - positive_distance >= NEAR * margin or loss <= (1 - NEAR) * margin:
+            return None
+        evidence = (
+            f"in the last epoch the loss {loss:.4g} was at the margin {margin:g}: distance of positives "
+            f"{positive_distance:.3g}, of negatives {negative_distance:.3g}"
+        )
+        return Diagnosis(AT_MARGIN.name, evidence, f"train longer; {AT_MARGIN.advice}", fatal=False)
 
     def _is_due(self, cause: Cause, now: Signals) -> bool:
         """Count a look; tell whether the cause shows, has lasted long enough, and was not told yet."""
