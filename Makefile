@@ -23,8 +23,9 @@ $(VENV)/.dev: pyproject.toml
 demo: $(VENV)/.run ## Train, search and verify on real handwritten digits; writes vitembed-demo/report.html
 	$(BIN)/vitembed demo
 
+# A process a core: the networks are so small that threads would only wait for each other.
 test: $(VENV)/.dev ## Run the whole test suite and print the line coverage
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 check: $(VENV)/.dev ## Check format, lint and types
 	$(BIN)/ruff format --check .

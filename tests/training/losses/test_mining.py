@@ -9,6 +9,7 @@ from pytorch_metric_learning.distances import LpDistance
 from torch import Tensor, nn
 
 from vitembed.errors import ConfigError, VectorError
+from vitembed.training.losses import mining as mining_module
 from vitembed.training.losses import rows as rows_module
 from vitembed.training.losses.mining import BatchHardMiner, DistanceWeightedMiner, EasyPositiveMiner, TripletMiner
 
@@ -237,6 +238,20 @@ def test_far_negatives_of_many_dimensions_are_drawn_and_not_lost(dim: int) -> No
         assert set(negatives[anchors == 0].tolist()) == {8}
 
 
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])  # the first where a device has nothing wider
+def test_the_greatest_chance_falls_on_a_negative(wide: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mining_module, "wide_type", lambda _: wide)
+    # The negatives come before the positives: beyond the last of them the sums stay, and a draw must not go there.
+    monkeypatch.setattr(torch, "rand", lambda n, dtype: torch.full((n,), 1 - 2**-53, dtype=dtype))
+    random = torch.Generator().manual_seed(0)
+    embeddings, labels = torch.randn(60, 5, generator=random), torch.tensor([1] * 30 + [0] * 30)
+    for dtype in (torch.float32, torch.float64):
+        anchors, _, negatives = DistanceWeightedMiner(nonzero_loss_cutoff=2.0)(embeddings.to(dtype), labels)
+        assert len(anchors) == 2 * 30 * 29
+        assert negatives.max() < 60
+        assert (labels[anchors] != labels[negatives]).all()
+
+
 def test_an_anchor_whose_negatives_are_all_too_far_is_left_out() -> None:
     embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.1], [-1.0, 0.0], [-1.0, 0.1]])
     assert len(DistanceWeightedMiner()(embeddings, torch.tensor([0, 0, 1, 1]))[0]) == 0
@@ -266,6 +281,25 @@ def test_of_equal_images_the_first_is_taken(dtype: torch.dtype, size: int) -> No
     for miner in (BatchHardMiner(), EasyPositiveMiner("hard")):
         anchors, positives, negatives = miner(embeddings, labels)
         assert (anchors[0], positives[0], negatives[0]) == (0, 1, size + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_of_images_that_differ_by_their_scale_alone_the_first_is_taken(dtype: torch.dtype) -> None:
+    # Equal once they are of unit length, but for rounding.
+    random = torch.Generator().manual_seed(4)
+    points = torch.randn(3, 37, dtype=dtype, generator=random)
+    embeddings = points[torch.tensor([0] + [1] * 40 + [2] * 40)]
+    labels = torch.tensor([0] * 41 + [1] * 40)
+    scales = torch.rand(81, 1, dtype=dtype, generator=random) + 0.1
+    for miner in (BatchHardMiner(), EasyPositiveMiner("hard"), EasyPositiveMiner("all")):
+        anchors, positives, negatives = miner(embeddings * scales, labels)
+        assert (anchors[0], positives[0], negatives[0]) == (0, 1, 41)
+    # The first negatives of image 0 are at the point of its positives: not farther than they.
+    near, far = nn.functional.normalize(points)[0] @ nn.functional.normalize(points)[1:].T
+    embeddings[41:] = points[2 if near > far else 1]
+    embeddings[1:41] = points[1 if near > far else 2]
+    _, positives, negatives = EasyPositiveMiner()(embeddings * scales, torch.tensor([0] * 21 + [1] * 60))
+    assert (positives[0], negatives[0]) == (1, 41)
 
 
 def test_a_negative_as_near_as_the_positive_is_not_semihard() -> None:
@@ -302,6 +336,8 @@ def test_a_choice_has_no_graph_and_leaves_the_embeddings_alone(miner: TripletMin
         ({"cutoff": 1.5}, "got cutoff=1.5, nonzero_loss_cutoff=1.4"),
         ({"nonzero_loss_cutoff": 2.5}, "nonzero_loss_cutoff=2.5"),
         ({"cutoff": math.nan}, "cutoff=nan"),
+        ({"cutoff": True}, "cutoff=True"),
+        ({"nonzero_loss_cutoff": True}, "nonzero_loss_cutoff=True"),
     ],
 )
 def test_cutoffs_that_draw_nothing_are_refused(arguments: dict[str, float], message: str) -> None:
@@ -312,6 +348,26 @@ def test_cutoffs_that_draw_nothing_are_refused(arguments: dict[str, float], mess
 def test_unknown_negatives_are_refused_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match="unknown negatives 'semi-hard'; did you mean 'semihard'"):
         EasyPositiveMiner("semi-hard")  # type: ignore[arg-type]
+
+
+@every_miner
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_what_cannot_be_compared_is_refused_and_not_chosen_from(miner: TripletMiner, number: float) -> None:
+    embeddings, labels = batch(RAGGED)
+    broken = embeddings.clone()
+    broken[3, 2] = number
+    for given in ((broken, labels), (embeddings, labels, broken, labels)):
+        with pytest.raises(VectorError, match="hold NaN or inf, which a miner cannot compare"):
+            miner(*given)
+
+
+@every_miner
+def test_labels_that_are_not_the_batchs_where_it_stands_are_refused(miner: TripletMiner) -> None:
+    embeddings, labels = batch(RAGGED)
+    with pytest.raises(ConfigError, match="ref_emb is embeddings, but ref_labels differ"):
+        miner(embeddings, labels, embeddings, labels + 1)
+    with pytest.raises(ConfigError, match="own=0 says that the references hold the batch"):
+        miner(embeddings, labels, embeddings.clone(), labels + 1, own=0)
 
 
 @every_miner

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vitembed.errors import ConfigError
 from vitembed.training.losses.layout import Group, Layout
+from vitembed.training.losses.rows import rounding
 
 Gradients = tuple[Tensor | None, Tensor | None]
 Measured = tuple[Tensor, Tensor, Gradients]
@@ -41,7 +42,8 @@ class Distances:
     Attributes:
         layout: the order.
         wide: the type for sums and for the distances of positives; float64 where the device has it.
-        eps: the rounding unit of the rows' type, the floor of squared distances.
+        tie: scalar, how near two squared distances must be to count as equal.
+        floor: scalar, what squared distances are at least; below `tie`.
         block: side of the square blocks.
     """
 
@@ -59,7 +61,6 @@ class Distances:
         """
         self.layout, self.block = layout, block
         self.wide = torch.float32 if rows.device.type == "mps" else torch.float64
-        self.eps = torch.finfo(rows.dtype).eps
         both = (rows,) if references is None else (rows, references)
         centre = torch.stack([side.sum(0) for side in both]).sum(0) / max(sum(len(side) for side in both), 1)
         self.queries = rows.index_select(0, layout.queries).sub_(centre)
@@ -68,6 +69,8 @@ class Distances:
             self.references = references.index_select(0, layout.references).sub_(centre)
         self.query_norms = self.queries.square().sum(1)  # (B,) squared
         self.reference_norms = self.query_norms if references is None else self.references.square().sum(1)  # (M,)
+        self.tie = rounding(self.query_norms, self.reference_norms)
+        self.floor = self.tie / 4
         self.wants = wants
         self.begin_gradients()
         size = min(block, len(rows)) * min(block, len(self.references))
@@ -93,7 +96,7 @@ class Distances:
                 yield queries, references
 
     def squares(self, queries: slice, references: slice, same: float) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return a block (c, n) of squared distances, of `eps` at least, and two blocks of scratch, while they last.
+        """Return a block (c, n) of squared distances, of `floor` at least, and two blocks of scratch, while they last.
 
         `same` is in the place of those of one class; None is for a block that has no other.
         """
@@ -103,7 +106,7 @@ class Distances:
         rows, columns = self.queries[queries], self.references[references]
         x, one, two = (buffer[: len(rows) * len(columns)].view(len(rows), -1) for buffer in self.buffers)
         torch.add(self.query_norms[queries, None], self.reference_norms[references], out=x)
-        x.addmm_(rows, columns.T, alpha=-2).clamp_min_(self.eps)
+        x.addmm_(rows, columns.T, alpha=-2).clamp_min_(self.floor)
         if first <= high and low <= last:
             classes = self.layout.query_classes[queries, None], self.layout.reference_classes[references]
             x.masked_fill_(classes[0] == classes[1], same)

@@ -92,8 +92,8 @@ class Layout:
         Raises:
             ConfigError: `own` is not where the references have the labels of the batch.
         """
-        every = labels if references is None else torch.cat([labels, references.to(labels.device)])
-        _, classes = torch.unique(every.detach().cpu(), return_inverse=True)
+        every = labels if references is None else torch.cat([labels.long(), references.to(labels.device, torch.int64)])
+        _, classes = torch.unique(every.detach().cpu().long(), return_inverse=True)
         asking = classes[: len(labels)]
         holding = asking if references is None else classes[len(labels) :]
         own = 0 if references is None else own

@@ -19,7 +19,7 @@ from vitembed.training.classification import CrossEntropyLoss
 from vitembed.training.losses.mining import OWN_MINERS
 from vitembed.training.losses.pairs import exact_pairs
 from vitembed.training.losses.peers import check_argument, find_class
-from vitembed.training.losses.rows import Comparison, distance_matrix, pair_distances
+from vitembed.training.losses.rows import Comparison, matrix_distances, pair_distances
 from vitembed.training.losses.soft_triplets import soft_triplets
 from vitembed.training.losses.specs import construct, parse_call
 from vitembed.training.losses.triplet import Mining as ExactMining
@@ -297,13 +297,26 @@ def _distances(
 ) -> tuple[Tensor, Tensor]:
     """Return the distances (T,) and (U,) of pairs of queries and references, by the way that is less work."""
     left, right = torch.cat([anchors, others]), torch.cat([positives, negatives])
+    _check_range(left, len(batch.rows), "queries")
+    _check_range(right, len(batch.others), "references")
     device = batch.rows.device
     left, right = left.to(device), right.to(device)
     if len(left) * _GATHERED < len(batch.rows) * len(batch.others):
         distances = pair_distances(batch.rows, batch.others, left, right)
     else:
-        distances = distance_matrix(batch.rows, batch.others)[left, right]
+        distances = matrix_distances(batch.rows, batch.others, left, right)
     return distances[: len(anchors)], distances[len(anchors) :]
+
+
+def _check_range(index: Tensor, count: int, what: str) -> None:
+    """Refuse numbers of rows that there are not; on a device nobody waits for this, and its own check must do.
+
+    Raises:
+        VectorError: a number lies outside [0, count).
+    """
+    if index.device.type == "cpu" and len(index) and not 0 <= (least := int(index.min())) <= int(index.max()) < count:
+        found = least if least < 0 else int(index.max())
+        raise VectorError(f"a miner's tuples number {count} {what} from 0 to {count - 1}; got {found}")
 
 
 def _mean_of_positive(terms: Tensor, *, squared: bool = False) -> tuple[Tensor, Tensor]:
@@ -317,9 +330,9 @@ def _mean_of_positive(terms: Tensor, *, squared: bool = False) -> tuple[Tensor, 
 
 def _as_triplets(tuples: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Return triplets as they are, and join pairs (a, p) and (a, n) on their anchor."""
-    if len(tuples) == 3:
-        return tuples[0].long(), tuples[1].long(), tuples[2].long()
     anchors, positives, others, negatives = _as_pairs(tuples)
+    if len(tuples) == 3:
+        return anchors, positives, negatives
     order = torch.argsort(others, stable=True)
     others, negatives = others[order], negatives[order]
     first = torch.searchsorted(others, anchors)
@@ -332,9 +345,13 @@ def _as_triplets(tuples: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 def _as_pairs(tuples: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return pairs (a, p), (a, n) as they are, and the pairs that triplets consist of."""
     indices = [index.long() for index in tuples]
+    if len(indices) not in (3, 4):
+        raise VectorError(f"a miner's tuples must be 3 or 4 index tensors; got {len(indices)}")
+    shapes = [tuple(index.shape) for index in indices]
+    paired = [shapes] if len(indices) == 3 else [shapes[:2], shapes[2:]]
+    if any(len(shape) != 1 for shape in shapes) or any(len(set(group)) > 1 for group in paired):
+        raise VectorError(f"index tensors that belong together must be of one length, (T,) each; got {shapes}")
     if len(indices) == 3:
         anchors, positives, negatives = indices
         return anchors, positives, anchors, negatives
-    if len(indices) != 4:
-        raise VectorError(f"a miner's tuples must be 3 or 4 index tensors; got {len(indices)}")
     return indices[0], indices[1], indices[2], indices[3]

@@ -9,13 +9,14 @@ References whose distances differ by no more than rounding count as equally far,
 choice depends neither on the size of the chunks nor on the order in which a machine adds.
 """
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from vitembed.errors import ConfigError, unknown_name
-from vitembed.training.losses.rows import Block, Comparison, tie_width, wide_type
+from vitembed.errors import ConfigError, VectorError, unknown_name
+from vitembed.training.losses.rows import Block, Comparison, wide_type
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 Negatives = Literal["semihard", "hard", "all"]
@@ -44,10 +45,15 @@ class TripletMiner(nn.Module):
             own: where the batch begins among the references, if these hold a copy of it.
 
         Raises:
-            VectorError: shapes or types do not fit, or references lack labels.
+            VectorError: shapes or types do not fit, references lack labels, or an embedding holds NaN, which is
+                neither near to anything nor far.
+            ConfigError: `own` is not where the references have the labels of the batch.
         """
         with torch.no_grad():
-            return self.choose(Comparison.of(embeddings, labels, ref_emb, ref_labels, own))
+            batch = Comparison.of(embeddings, labels, ref_emb, ref_labels, own)
+            if batch.poison().isnan():  # a miner waits for the device anyhow, to know how many triplets there are
+                raise VectorError("the embeddings or references hold NaN or inf, which a miner cannot compare")
+            return self.choose(batch)
 
     def choose(self, batch: Comparison) -> Triplets:
         """Choose triplets of rows that are checked and of unit length already."""
@@ -62,13 +68,14 @@ class BatchHardMiner(TripletMiner):
 
     def choose(self, batch: Comparison) -> Triplets:
         """Choose triplets of rows that are checked and of unit length already."""
-        return _joined([self._hardest(block) for block in batch.blocks()], batch)
+        return _one_each(batch, self._hardest)
 
     @staticmethod
     def _hardest(block: Block) -> Triplets:
-        far, has_positive = _first_least(-block.squares, block.positive)
-        near, has_negative = _first_least(block.squares, block.negative)
-        return _kept(block, has_positive & has_negative, far, near)
+        """Return for each query of a block its farthest positive, its nearest negative, and whether it has both."""
+        far, has_positive = _first_least(-block.squares, block.positive, block.tie)
+        near, has_negative = _first_least(block.squares, block.negative, block.tie)
+        return far, near, has_positive & has_negative
 
 
 class EasyPositiveMiner(TripletMiner):
@@ -92,19 +99,26 @@ class EasyPositiveMiner(TripletMiner):
 
     def choose(self, batch: Comparison) -> Triplets:
         """Choose triplets of rows that are checked and of unit length already."""
-        return _joined([self._easiest(block) for block in batch.blocks()], batch)
+        if self.negatives == "all":
+            return _joined([self._with_all(block) for block in batch.blocks()], batch)
+        return _one_each(batch, self._easiest)
+
+    @staticmethod
+    def _with_all(block: Block) -> Triplets:
+        """Return a block's triplets of each query, its nearest positive and every negative."""
+        positives, has_positive = _first_least(block.squares, block.positive, block.tie)
+        rows, negatives = (block.negative & has_positive[:, None]).nonzero(as_tuple=True)
+        return rows + block.span.start, positives[rows], negatives
 
     def _easiest(self, block: Block) -> Triplets:
-        positives, has_positive = _first_least(block.squares, block.positive)
-        if self.negatives == "all":
-            rows, negatives = (block.negative & has_positive[:, None]).nonzero(as_tuple=True)
-            return rows + block.span.start, positives[rows], negatives
+        """Return for each query of a block its nearest positive, its negative, and whether it has both."""
+        positives, has_positive = _first_least(block.squares, block.positive, block.tie)
         candidates = block.negative
         if self.negatives == "semihard":
-            bound = block.squares.gather(1, positives[:, None]) + tie_width(block.squares.dtype)
+            bound = block.squares.gather(1, positives[:, None]) + block.tie
             candidates = candidates & (block.squares > bound)
-        negatives, has_negative = _first_least(block.squares, candidates)
-        return _kept(block, has_positive & has_negative, positives, negatives)
+        negatives, has_negative = _first_least(block.squares, candidates, block.tie)
+        return positives, negatives, has_positive & has_negative
 
     def extra_repr(self) -> str:
         """Return the settings for `print(miner)`."""
@@ -132,7 +146,8 @@ class DistanceWeightedMiner(TripletMiner):
 
     def __init__(self, cutoff: float = 0.5, nonzero_loss_cutoff: float = 1.4) -> None:
         super().__init__()
-        if not 0 < cutoff < nonzero_loss_cutoff <= 2:
+        is_flag = isinstance(cutoff, bool) or isinstance(nonzero_loss_cutoff, bool)
+        if is_flag or not 0 < cutoff < nonzero_loss_cutoff <= 2:
             raise ConfigError(
                 "distance-weighted mining needs 0 < cutoff < nonzero_loss_cutoff <= 2; "
                 f"got cutoff={cutoff}, nonzero_loss_cutoff={nonzero_loss_cutoff}"
@@ -143,14 +158,15 @@ class DistanceWeightedMiner(TripletMiner):
         """Choose triplets of rows that are checked and of unit length already."""
         anchors, positives = batch.positive_pairs()
         chances = torch.rand(len(anchors), dtype=torch.float64)
-        chosen = []
+        device = batch.rows.device
+        negatives = torch.zeros(len(anchors), dtype=torch.int64, device=device)
+        found = torch.zeros(len(anchors), dtype=torch.bool, device=device)
         for block in batch.blocks():
             start, stop = torch.searchsorted(anchors, torch.tensor([block.span.start, block.span.stop])).tolist()
             queries = anchors[start:stop] - block.span.start
-            negatives, found = self._draw(block, batch.rows.shape[1], queries, chances[start:stop])
-            triplets = anchors[start:stop].to(found.device), positives[start:stop].to(found.device), negatives
-            chosen.append((triplets[0][found], triplets[1][found], triplets[2][found]))
-        return _joined(chosen, batch)
+            drawn = self._draw(block, batch.rows.shape[1], queries, chances[start:stop])
+            negatives[start:stop], found[start:stop] = drawn
+        return anchors.to(device)[found], positives.to(device)[found], negatives[found]
 
     def _draw(self, block: Block, dim: int, queries: Tensor, chances: Tensor) -> tuple[Tensor, Tensor]:
         """Draw a negative for each of some ascending queries of a block.
@@ -199,17 +215,29 @@ OWN_MINERS: dict[str, type[TripletMiner]] = {
 }
 
 
-def _first_least(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first position of the least value of each row within a mask, to rounding, and whether there is one."""
+def _first_least(values: Tensor, mask: Tensor, tie: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first position of the least value of each row within a mask, to a tie, and whether there is one."""
     filled = values.masked_fill(~mask, torch.inf)
-    bound = filled.amin(1, keepdim=True) + tie_width(values.dtype)
+    bound = filled.amin(1, keepdim=True) + tie
     return (filled <= bound).to(torch.uint8).argmax(1), mask.any(1)
 
 
-def _kept(block: Block, keep: Tensor, positives: Tensor, negatives: Tensor) -> Triplets:
-    """Return the triplets of those queries of a block that have one: `keep`, `positives`, `negatives` are (c,)."""
-    rows = keep.nonzero()[:, 0]
-    return rows + block.span.start, positives[rows], negatives[rows]
+def _one_each(batch: Comparison, choose: Callable[[Block], Triplets]) -> Triplets:
+    """Return at most one triplet for each query.
+
+    What is chosen goes into tensors that are there before the first block: small results of their own, each made
+    between a block's large ones, would keep the memory of these from being used again.
+
+    Args:
+        batch: queries and references.
+        choose: gives for the c queries of a block a positive (c,), a negative (c,), and (c,) bool, whether both exist.
+    """
+    positives, negatives = torch.zeros(2, len(batch.rows), dtype=torch.int64, device=batch.rows.device)
+    keep = torch.zeros(len(batch.rows), dtype=torch.bool, device=batch.rows.device)
+    for block in batch.blocks():
+        positives[block.span], negatives[block.span], keep[block.span] = choose(block)
+    anchors = keep.nonzero()[:, 0]
+    return anchors, positives[anchors], negatives[anchors]
 
 
 def _joined(parts: list[Triplets], batch: Comparison) -> Triplets:

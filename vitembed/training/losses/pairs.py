@@ -18,7 +18,7 @@ class _PairSweep:
         self.space, self.layout, self.squared = space, space.layout, squared
         self.positive_margin, self.negative_margin = positive_margin, negative_margin
         # Squared distances up to this are rounding: the distance is 0, and so is its gradient.
-        self.zero = 4 * space.eps
+        self.zero = space.tie
         self._begin()
 
     def _begin(self) -> None:

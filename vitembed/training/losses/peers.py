@@ -13,13 +13,15 @@ from types import ModuleType
 
 from vitembed.errors import ConfigError, MissingExtraError, unknown_name
 
-# Classes that are no loss or miner for labelled batches, and why not.
+# Classes that are no loss or miner for labelled batches, or cannot be trained with, and why not.
 REFUSED = {
     "CrossBatchMemory": "it wraps another loss, which a line of text cannot hold; build it in Python instead",
     "MultipleLosses": "it wraps other losses, which a line of text cannot hold; build it in Python instead",
     "SelfSupervisedLoss": "it compares two views of unlabelled images, and a batch has one view and labels",
     "VICRegLoss": "it compares two views of unlabelled images, and a batch has one view and labels",
     "ManifoldLoss": "it takes no labels, and so cannot learn from classes",
+    "DynamicSoftMarginLoss": "its histogram keeps the graph of the step before, so that a second step fails",
+    "SmoothAPLoss": "it needs as many images of every class, and batches differ",
     "EmbeddingsAlreadyPackagedAsTriplets": "it needs batches of triplets, and gets batches of classes",
 }
 

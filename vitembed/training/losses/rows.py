@@ -57,6 +57,7 @@ class Comparison:
 
         Raises:
             VectorError: shapes, types or devices do not fit, or there are references without labels, or the reverse.
+            ConfigError: `own` is not where the references have the labels of the batch.
         """
         rows = unit_rows(embeddings, labels)
         if (ref_emb is None) != (ref_labels is None):
@@ -67,13 +68,19 @@ class Comparison:
                 raise VectorError(f"own={own} is a position among references, and there are none: pass ref_emb as well")
             return cls(rows, labels, rows, labels, 0)
         if ref_emb is embeddings:
-            others, own = rows, 0
+            others, own = rows, own or 0
             _check_labels(ref_emb, ref_labels, "ref_labels")
         else:
             _check_references(ref_emb, rows)
             others = unit_rows(ref_emb.to(rows.dtype), ref_labels, names=("ref_emb", "ref_labels"))
         if own is not None and not 0 <= own <= len(others) - len(rows):
             raise VectorError(f"own={own} leaves no room for {len(rows)} queries among {len(others)} references")
+        if own is not None and not _same_classes(labels, ref_labels[own : own + len(rows)]):
+            where = "ref_emb is embeddings" if others is rows else f"own={own} says that the references hold the batch"
+            raise ConfigError(
+                f"{where}, but ref_labels differ from labels there: pass the labels of the batch"
+                + ("" if others is rows else ", or own=None where the references do not hold it")
+            )
         return cls(rows, labels, others, ref_labels, own)
 
     def against(self) -> tuple[tuple[Tensor, Tensor] | None, int | None]:
@@ -118,7 +125,8 @@ class Comparison:
                 return
             x, y = centred(self.rows, self.others)
             norms = y.square().sum(1)
-            classes, other_classes = self.labels.to(x.device), self.other_labels.to(x.device)
+            tie = rounding(x.square().sum(1), norms)
+            classes, other_classes = (side.to(x.device, torch.int64) for side in (self.labels, self.other_labels))
             for span in chunks(len(x), len(y), x.device):
                 squares = (x[span].square().sum(1)[:, None] + norms).addmm_(x[span], y.T, alpha=-2).clamp_min_(0)
                 same = classes[span, None] == other_classes
@@ -126,7 +134,7 @@ class Comparison:
                 if self.own is not None:
                     positive = same.clone()
                     positive.diagonal(self.own + span.start).fill_(False)
-                yield Block(span, squares, positive, ~same)
+                yield Block(span, squares, positive, ~same, tie)
 
 
 @dataclass(frozen=True)
@@ -138,12 +146,14 @@ class Block:
         squares: (c, M) squared distances, to rounding.
         positive: (c, M) bool, where the reference is another image of the query's class.
         negative: (c, M) bool, where it is of another class.
+        tie: scalar, how near two squared distances must be to count as equal.
     """
 
     span: slice
     squares: Tensor
     positive: Tensor
     negative: Tensor
+    tie: Tensor
 
 
 def unit_rows(embeddings: Tensor, labels: Tensor, names: tuple[str, str] = ("embeddings", "labels")) -> Tensor:
@@ -164,7 +174,19 @@ def unit_rows(embeddings: Tensor, labels: Tensor, names: tuple[str, str] = ("emb
     _check_labels(embeddings, labels, names[1])
     wide = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
     with torch.autocast(wide.device.type, enabled=False):
-        return nn.functional.normalize(wide)
+        return nn.functional.normalize(_in_range(wide))
+
+
+def _in_range(rows: Tensor) -> Tensor:
+    """Scale those rows (B, D) whose squares would overflow or vanish, so that their length is a number above 0."""
+    if rows.shape[1] == 0:
+        return rows
+    largest = rows.detach().abs().amax(1, keepdim=True)
+    usual = (largest > 1e-9) & (largest < 1e9)
+    if usual.device.type == "cpu" and usual.all():  # nobody waits for a device, and a copy is spared
+        return rows
+    scale = largest.clamp_min(torch.finfo(rows.dtype).tiny).masked_fill(usual, 1.0)
+    return torch.div(rows, scale)
 
 
 def _check_labels(embeddings: Tensor, labels: Tensor, name: str) -> None:
@@ -174,6 +196,11 @@ def _check_labels(embeddings: Tensor, labels: Tensor, name: str) -> None:
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise VectorError(f"{name} must be integers that number the classes; got {labels.dtype}")
+
+
+def _same_classes(labels: Tensor, others: Tensor) -> bool:
+    """Tell whether two tensors of labels are equal, whatever their types and devices."""
+    return others is labels or torch.equal(labels.detach().cpu().long(), others.detach().cpu().long())
 
 
 def _check_references(ref_emb: Tensor, rows: Tensor) -> None:
@@ -204,18 +231,70 @@ def wide_type(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def tie_width(dtype: torch.dtype) -> float:
-    """Return how near two squared distances must be to count as equal: their rounding errors, measured."""
-    return 1e-12 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
+def rounding(*norms: Tensor) -> Tensor:
+    """Return the rounding error of squared distances, a scalar, from the squared norms (n,) of both sides' rows.
+
+    It is relative to how far the rows lie apart, so that distances stay distinct in a batch that is about to collapse,
+    down to the rounding of the rows themselves, which were of unit length before they were centred.
+    """
+    eps = torch.finfo(norms[0].dtype).eps
+    reach = norms[0].new_zeros(())
+    for side in norms:
+        if len(side):
+            reach = reach + side.amax()
+    return reach.clamp_min(eps).mul(4 * eps)
 
 
-def distance_matrix(rows: Tensor, others: Tensor) -> Tensor:
-    """Return the distances (B, M) of rows (B, D) and (M, D); where one is 0 to rounding, so is its gradient."""
-    with torch.autocast(rows.device.type, enabled=False):
+def matrix_distances(rows: Tensor, others: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return the distances (T,) of rows[left] and others[right], by products of matrices; 0 to rounding is 0.
+
+    What `pair_distances` is for few pairs, for many: time is O(B M D), memory O(chunk x M + T) and a gradient.
+    """
+    return _MatrixDistances.apply(rows, others, left, right)  # type: ignore[no-any-return]
+
+
+class _MatrixDistances(torch.autograd.Function):
+    """Distances of given pairs; one that is 0 to rounding has a gradient of 0."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, others: Tensor, left: Tensor, right: Tensor) -> Tensor:
         x, y = centred(rows, others)
-        squares = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
-        zero = squares <= 4 * torch.finfo(rows.dtype).eps
-        return squares.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
+        norms = y.square().sum(1)
+        zero = rounding(x.square().sum(1), norms)
+        left, order = left.sort(stable=True)
+        right = right[order]
+        ordered = x.new_empty(len(left))
+        for span, pairs in _pairs_of_chunks(left, len(x), len(y)):
+            squares = (x[span].square().sum(1)[:, None] + norms).addmm_(x[span], y.T, alpha=-2)
+            ordered[pairs] = squares[left[pairs] - span.start, right[pairs]]
+        ordered = ordered.masked_fill_(ordered <= zero, 0.0).sqrt_()
+        ctx.save_for_backward(x, y, left, right, ordered, order)
+        return torch.empty_like(ordered).index_copy_(0, order, ordered)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        refuse_second_derivative()
+        x, y, left, right, ordered, order = ctx.saved_tensors
+        pulls = torch.where(ordered == 0, 0.0, grad[order] / ordered)
+        grad_x, grad_y = wanted_zeros(ctx, x, y)
+        for span, pairs in _pairs_of_chunks(left, len(x), len(y)):
+            weights = x.new_zeros(span.stop - span.start, len(y))
+            weights.index_put_((left[pairs] - span.start, right[pairs]), pulls[pairs], accumulate=True)
+            if grad_x is not None:
+                grad_x[span] = (weights.sum(1)[:, None] * x[span]).addmm_(weights, y, alpha=-1)
+            if grad_y is not None:
+                grad_y.addcmul_(weights.sum(0)[:, None], y).addmm_(weights.T, x[span], alpha=-1)
+        return grad_x, grad_y, None, None
+
+
+def _pairs_of_chunks(left: Tensor, count: int, width: int) -> Iterator[tuple[slice, slice]]:
+    """Yield chunks of `count` rows, and which of some pairs with ascending numbers of rows begin there."""
+    spans = list(chunks(count, width, left.device))
+    stops = torch.tensor([span.stop for span in spans], dtype=left.dtype, device=left.device)
+    ends = torch.searchsorted(left, stops).tolist()
+    for span, start, stop in zip(spans, [0, *ends], ends, strict=False):
+        if start < stop:
+            yield span, slice(start, stop)
 
 
 def pair_distances(rows: Tensor, others: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from vitembed.training.losses.rows import (
     chunks,
     pair_distances,
     refuse_second_derivative,
+    rounding,
     wanted_zeros,
     wide_type,
 )
@@ -45,7 +46,7 @@ def soft_triplets(batch: Comparison) -> tuple[Tensor, Tensor]:
     number = int((counts * (len(batch.others) - batch.class_sizes())).sum())
     device = batch.rows.device
     near = pair_distances(batch.rows, batch.others, anchors.to(device), positives.to(device))
-    classes = batch.labels.to(device), batch.other_labels.to(device)
+    classes = batch.labels.to(device, torch.int64), batch.other_labels.to(device, torch.int64)
     sums = _SoftTriplets.apply(batch.rows, batch.others, near, _Anchors.of(counts), *classes)
     return sums / max(number, 1) + batch.poison(), sums.new_full((), float(number > 0), dtype=torch.float32)
 
@@ -86,6 +87,7 @@ class _SoftTriplets(torch.autograd.Function):
     ) -> Tensor:
         x, y = centred(rows, others)
         norms = y.square().sum(1)
+        floor = rounding(x.square().sum(1), norms)
         total = rows.new_zeros((), dtype=wide_type(rows.device))
         grads = wanted_zeros(ctx, rows, others, near)
         for span in chunks(len(rows), len(others), rows.device):
@@ -93,7 +95,7 @@ class _SoftTriplets(torch.autograd.Function):
             if slots.shape[1] == 0:
                 continue
             squares = (x[part].square().sum(1)[:, None] + norms).addmm_(x[part], y.T, alpha=-2)
-            distances = squares.clamp_min_(4 * torch.finfo(rows.dtype).eps).sqrt_()
+            distances = squares.clamp_min_(floor).sqrt_()
             far = distances.neg().exp_().masked_fill_(labels[part, None] == other_labels, 0)
             value, push, pull = _terms(far, near[slots].exp_().mul_(real))
             total += value

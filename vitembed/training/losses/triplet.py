@@ -102,8 +102,6 @@ class _Sweep:
 
     def __init__(self, space: Distances, margin: float, mining: Mining) -> None:
         self.space, self.layout, self.margin, self.kinds = space, space.layout, margin, MININGS[mining]
-        # Squared distances that are nearer to each other than their rounding errors (measured) are equal.
-        self.slack = 1e-12 if space.queries.dtype == torch.float64 else 4 * space.eps
         self.positives = [self._measure(group) for group in self.layout.groups]
         self.anchors = {span.start: self._anchors(span) for span in space.query_blocks()}
         self.total = space.queries.new_zeros((), dtype=space.wide)
@@ -138,7 +136,7 @@ class _Sweep:
         if len(distances) >= SEARCH_FROM:
             distances = distances.sort(dim=0).values
         exact = distances.to(self.space.wide)
-        tie = exact.square() + self.slack
+        tie = exact.square() + self.space.tie
         reach = torch.maximum((exact + self.margin).square(), tie)
         absent = distances < 0
         thresholds = {"tie": tie, "reach": reach}
@@ -189,7 +187,7 @@ class _Sweep:
             for anchors in self.anchors.values()
             if _inside(anchors.span, group.queries) is not None
         ]
-        weights = torch.cat(active, dim=1).div_(-distances.clamp_min(self.space.eps**0.5))  # (K, m c)
+        weights = torch.cat(active, dim=1).div_(-distances.clamp_min(self.space.floor.sqrt()))  # (K, m c)
         table = weights.T.reshape(group.classes, group.asked, -1)
         for part in group.parts(self.space.queries.shape[1]):
             self.space.add_within(group, part, self.layout.with_own(table[part], group, part))
