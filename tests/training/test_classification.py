@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.training.stripes import stripes
 from vitembed.embedder import Embedder
-from vitembed.errors import ConfigError, DataError, VectorError
+from vitembed.errors import ConfigError, DataError, TrainingError, VectorError
 from vitembed.preprocess import Preprocess
 from vitembed.training import CrossEntropyLoss, ImageDataset, TrainConfig, TripletLoss, build_loss, run, stepper, train
 from vitembed.training.classification import ShuffledBatches, accuracy_of, fit_head
@@ -289,7 +289,9 @@ def test_a_model_whose_projection_was_taken_off_is_trained_to_classify() -> None
     assert len(model.classes) == 4
 
 
-def test_validation_refuses_what_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_break_in_the_last_step_are_told_before_validation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = embedder()
     advance = stepper.Stepper.advance
 
@@ -299,5 +301,5 @@ def test_validation_refuses_what_is_not_finite(monkeypatch: pytest.MonkeyPatch) 
         torch.nn.init.constant_(model.network.vit.norm.weight, float("nan"))
 
     monkeypatch.setattr(stepper.Stepper, "advance", broken)
-    with pytest.raises(VectorError, match="NaN"):
+    with pytest.raises(TrainingError, match="weights became NaN or infinite before step 1"):
         train(model, stripes(4, 4), loss=CrossEntropyLoss(), config=TrainConfig(**{**QUICK, "classes_per_batch": 8}))
