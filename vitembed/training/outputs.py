@@ -38,7 +38,12 @@ def check_out(out: str | os.PathLike[str] | None, overwrite: bool, *, resume: bo
             "purpose"
         )
     if has_model and not (resume or overwrite):
-        raise TrainingError(f"{folder} already holds a model; choose another folder, or overwrite it on purpose")
+        of_training = (
+            ", and the checkpoints of its training: resume it if it was interrupted," if has_checkpoints else ";"
+        )
+        raise TrainingError(
+            f"{folder} already holds a model{of_training} choose another folder, or overwrite it on purpose"
+        )
     return folder
 
 
