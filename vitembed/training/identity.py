@@ -84,12 +84,10 @@ def _names(dataset: ImageDataset) -> list[str]:
     """Return the names of image files below the folder that all of them share: data may move, or be typed otherwise."""
     if not isinstance(dataset.images, list):
         return []
-    paths = [
-        os.path.abspath(image)  # noqa: PTH100 - links stay as they are typed
-        for image in dataset.images
-        if isinstance(image, str | os.PathLike)
-    ]
-    return [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
+    files = [image for image in dataset.images if isinstance(image, str | os.PathLike)]
+    paths = [os.path.abspath(file) for file in files]  # noqa: PTH100 - links stay as they are typed
+    shared = len(os.path.commonpath(paths)) if paths else 0
+    return [path[shared:] for path in paths]
 
 
 def _shortest_difference(old: Any, new: Any) -> tuple[Any, Any]:
