@@ -24,6 +24,7 @@ OnCollapse = Literal["stop", "warn"]
 LOSS, SETTINGS, THRIFT, SAFETY = "Loss", "Training", "Time and memory", "Safety"  # groups of options in --help
 
 
+# Long because its signature is the list of the options; what it does are the last forty lines.
 def train(
     context: typer.Context,
     data: Annotated[

@@ -152,6 +152,7 @@ def _loss_costs(network: EmbeddingNet, loss: Loss, miner: Miner | None, labels: 
     rows = F.normalize(torch.randn(count, width, device=labels.device), dim=1).requires_grad_()
 
     def forward() -> Tensor:
+        """Return the loss of the rows, as a training asks for it."""
         if needs_logits(loss):
             return loss(rows, labels)
         tuples = miner(rows, labels) if miner else None

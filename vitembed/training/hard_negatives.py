@@ -277,6 +277,7 @@ def _wrong_neighbours(vectors: Floats, labels: Ints, known: Bools) -> tuple[Ints
     scores = np.full((len(vectors), DEPTH), -np.inf, np.float32)
 
     def search(queries: Ints, mask: Bools, k: int) -> None:
+        """Fill in the k nearest of the masked rows for some images."""
         for start in range(0, len(queries), _QUERIES):
             part = queries[start : start + _QUERIES]
             found, alike = (

@@ -101,6 +101,7 @@ class ClassBalancedSampler:
 
     @neighbours.setter
     def neighbours(self, neighbours: Ints | None) -> None:
+        """Let the epochs to come have these."""
         count = len(self._side)
         if neighbours is not None:
             if neighbours.ndim != 2 or len(neighbours) != count or neighbours.dtype.kind != "i":

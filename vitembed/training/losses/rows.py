@@ -258,6 +258,7 @@ class _MatrixDistances(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, others: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """Return the distances (T,), made a chunk of rows at a time."""
         x, y = centred(rows, others)
         norms = y.square().sum(1)
         zero = rounding(x.square().sum(1), norms)
@@ -273,6 +274,7 @@ class _MatrixDistances(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Return the gradients of both sides, where they are wanted."""
         refuse_second_derivative()
         x, y, left, right, ordered, order = ctx.saved_tensors
         pulls = torch.where(ordered == 0, 0.0, grad[order] / ordered)
@@ -318,6 +320,7 @@ class _PairDistances(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Return the gradients of both sides, where they are wanted."""
         refuse_second_derivative()
         rows, others, left, right, distances = ctx.saved_tensors
         weights = torch.where(distances == 0, 0.0, grad / distances)
