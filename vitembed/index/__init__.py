@@ -3,7 +3,8 @@
 Numpy, SQLite and FAISS; nothing here imports torch, and FAISS itself loads with the first search.
 """
 
-from vitembed.index.index import Hit, Index, Record
+from vitembed.index.index import Index
+from vitembed.index.results import Hit, Record, Records
 from vitembed.index.sync import SyncReport, sync
 
-__all__ = ["Hit", "Index", "Record", "SyncReport", "sync"]
+__all__ = ["Hit", "Index", "Record", "Records", "SyncReport", "sync"]

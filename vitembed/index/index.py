@@ -17,7 +17,6 @@ import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -30,33 +29,10 @@ from vitembed.index import ann
 from vitembed.index.blocks import Block, BoolArray, LiveRows, extended
 from vitembed.index.catalog import NAME, Catalog, Item
 from vitembed.index.inputs import Metadata, MetadataValue, checked_ids, checked_metadata, checked_vectors, checked_where
-from vitembed.index.vectors import FloatArray, VectorFile, sync_folder
+from vitembed.index.results import Hit, Record, Records
+from vitembed.index.vectors import VectorFile, sync_folder
 
 _MAX_DIM = 65_536
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One result of a search.
-
-    Attributes:
-        id: the id that was given to `Index.add`.
-        score: cosine of the two embeddings, in [-1, 1], higher is more alike.
-        metadata: what was stored with the id.
-    """
-
-    id: str
-    score: float
-    metadata: Metadata
-
-
-@dataclass(frozen=True, eq=False)
-class Record:
-    """One entry of an index: its id, its vector (dim,) float32 and its metadata."""
-
-    id: str
-    vector: FloatArray
-    metadata: Metadata
 
 
 class Index:
@@ -203,6 +179,36 @@ class Index:
             only = np.arange(len(live.mask)) == item.row
             return Record(item.id, live.verified(only)[item.row].copy(), json.loads(item.metadata))
 
+    def stream(self, size: int = 4_096) -> Iterator[Records]:
+        """Yield all entries in batches, in the order in which they were last added.
+
+        What is added after the first batch does not come; what is removed before its batch does not either. An id comes
+        at most once.
+
+        Args:
+            size: rows looked at for one batch, at least 1; removed ones count, so that batches may be smaller.
+
+        Raises:
+            SearchIndexError: what had to be read is damaged.
+        """
+        if size < 1:
+            raise ConfigError(f"size must be at least 1; got {size}")
+        with self._snapshot() as live:
+            stop = len(live.mask)
+        for start in range(0, stop, size):
+            with self._snapshot() as live:
+                rows = np.flatnonzero(live.mask[start : min(start + size, stop)]) + start
+                only = np.zeros_like(live.mask)
+                only[rows] = True
+                items = self.catalog.items(rows.tolist())
+                batch = Records(
+                    [item.id for item in items],
+                    live.verified(only)[rows],
+                    [json.loads(item.metadata) for item in items],
+                )
+            if len(batch):
+                yield batch
+
     def require_model(self, fingerprint: str) -> None:
         """Raise unless the vectors were made by the model with this fingerprint, or by one that was never recorded.
 
@@ -330,6 +336,30 @@ class Index:
         with self._snapshot() as live:
             mask = live.mask if where is None else self._matching(live.mask, where)
             return self._hits(ann.nearest(live.verified(mask), mask, queries, int(k)))
+
+    def search_within(
+        self, vectors: npt.ArrayLike, score: float, where: Mapping[str, MetadataValue] | None = None
+    ) -> list[list[Hit]]:
+        """Return all entries that are at least this alike to each query, exactly.
+
+        Args:
+            vectors: (n, dim) or (dim,) finite numbers of unit length.
+            score: the lowest cosine that counts, in [-1, 1].
+            where: as in `search`.
+
+        Returns:
+            For each query its hits, best first; equal scores in the order of insertion.
+
+        Raises:
+            VectorError: the vectors are not as above.
+            ConfigError: `score` is no number in that range, or `where` is not as in `search`.
+            SearchIndexError: what had to be read is damaged.
+        """
+        queries = checked_vectors(vectors, self.dim, single=True)
+        with self._snapshot() as live:
+            mask = live.mask if where is None else self._matching(live.mask, where)
+            found = ann.nearest(live.verified(mask), mask, queries, max(int(mask.sum()), 1))
+            return self._hits([(rows[scores >= score], scores[scores >= score]) for rows, scores in found])
 
     def _matching(self, mask: BoolArray, where: Mapping[str, MetadataValue]) -> BoolArray:
         """Return which of the rows of a mask hold every one of these values."""
