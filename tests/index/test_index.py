@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from vitembed.errors import ConfigError, DataError, ModelMismatchError, SearchIndexError, VectorError
-from vitembed.index import Hit, Index, ann, blocks, catalog
+from vitembed.index import Hit, Index, blocks, changes, codes, database, exact, rows
 
 DIM = 8
 
@@ -33,22 +33,35 @@ def brute_force(vectors, queries, k):
     return [sorted(range(len(vectors)), key=lambda n, row=row: (-row[n], n))[:k] for row in scores.round(12)]
 
 
+def vector_file(path):
+    [file] = path.glob("vectors-*.f32")
+    return file
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Code every 128 rows, and score nothing outright: so that a few hundred rows go the way of many."""
+    for module in (codes, exact, rows, changes):
+        monkeypatch.setattr(module, "CODE_ROWS", 128)
+    monkeypatch.setattr(exact, "FEW_ROWS", 0)
+    monkeypatch.setattr(exact, "QUERY_ROWS", 16)
+
+
 @pytest.fixture
 def index(tmp_path):
     with Index.create(tmp_path / "x.index", DIM) as index:
         yield index
 
 
-def test_search_equals_brute_force_over_many_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(ann, "SCAN_ROWS", 300)
-    monkeypatch.setattr(ann, "QUERY_ROWS", 16)
+@pytest.mark.usefixtures("small_blocks")
+def test_search_equals_brute_force_over_many_blocks(tmp_path):
     vectors, queries = unit(3_000, 1), unit(40, 2)
     with Index.create(tmp_path / "x.index", DIM) as index:
         index.add(names(3_000), vectors)
         dead = set(range(0, 3_000, 7)) | set(range(300, 590)) | set(range(900, 1_200))
         index.remove([f"id{n}" for n in dead])
         alive = [n for n in range(3_000) if n not in dead]
-        for count in (1, 3, 40):  # row by row through a selector, and by matrices
+        for count in (1, 3, 40):  # over the codes, and by matrices
             hits = index.search(queries[:count], k=12)
             expected = brute_force(vectors[alive], queries[:count], 12)
             assert [[hit.id for hit in row] for row in hits] == [[f"id{alive[n]}" for n in row] for row in expected]
@@ -70,8 +83,8 @@ def test_scores_stay_within_minus_one_and_one(index):
     assert [hit.score for hit in index.search(vector, k=2)[0]] == [1.0, -1.0]
 
 
-def test_equal_scores_come_in_the_order_of_insertion_however_many_there_are(index, monkeypatch):
-    monkeypatch.setattr(ann, "SCAN_ROWS", 64)
+@pytest.mark.usefixtures("small_blocks")
+def test_equal_scores_come_in_the_order_of_insertion_however_many_there_are(index):
     copies, others = unit(1, 5), unit(300, 6)
     index.add(names(300, "other"), others)
     index.add(names(200, "copy"), np.repeat(copies, 200, axis=0))
@@ -203,8 +216,8 @@ def test_where_finds_exactly_the_entries_with_that_value(index):
 
 
 @pytest.mark.parametrize("modulus", [2, 10, 500])
-def test_filtered_search_is_exact_at_any_selectivity(index, monkeypatch, modulus):
-    monkeypatch.setattr(ann, "SCAN_ROWS", 128)
+@pytest.mark.usefixtures("small_blocks")
+def test_filtered_search_is_exact_at_any_selectivity(index, modulus):
     vectors, queries = unit(1_000), unit(25, 1)
     index.add(names(1_000), vectors, [{"class": n % modulus} for n in range(1_000)])
     index.remove(["id1"])
@@ -214,10 +227,8 @@ def test_filtered_search_is_exact_at_any_selectivity(index, monkeypatch, modulus
     assert [hit.id for hit in index.search(queries[0], 7, where={"class": 1})[0]] == expected[0]
 
 
-@pytest.mark.parametrize(
-    "where", [["v"], {"v": [1]}, {1: "v"}, {"v": float("nan")}, {"v": 2**63}, {"v": {"$gt": 1}}], ids=repr
-)
-def test_a_filter_that_is_no_equality_is_refused(index, where):
+@pytest.mark.parametrize("where", [["v"], {"v": [1]}, {1: "v"}, {"v": float("nan")}], ids=repr)
+def test_a_filter_that_makes_no_sense_is_refused(index, where):
     with pytest.raises(ConfigError, match="where must"):
         index.search(unit(1), where=where)
 
@@ -265,13 +276,13 @@ BAD_ADDS = {
 def test_a_bad_add_names_the_item_and_changes_nothing(index, case):
     ids, vectors, metadata, kind, message = BAD_ADDS[case]
     index.add(["old"], unit(1, 8), [{"kept": True}])
-    size = (index.path / "vectors.f32").stat().st_size
+    size = vector_file(index.path).stat().st_size
     with pytest.raises(kind, match=message) as caught:
         index.add(ids, vectors, metadata)
     assert "\n" not in str(caught.value)
     assert index.ids() == ["old"]
     assert index.get("old").metadata == {"kept": True}
-    assert (index.path / "vectors.f32").stat().st_size == size
+    assert vector_file(index.path).stat().st_size == size
     assert index.check() == []
 
 
@@ -356,7 +367,7 @@ def test_a_reader_sees_a_writers_commits_without_reopening(index):
 
 
 def test_a_second_writer_gets_a_clear_error_and_the_first_is_not_disturbed(index, monkeypatch):
-    monkeypatch.setattr(catalog, "WRITER_WAIT", 0.05)
+    monkeypatch.setattr(database, "WRITER_WAIT", 0.05)
     with Index.open(index.path) as other:
         with index.transaction():
             index.add(["mine"], unit(1))
@@ -368,7 +379,7 @@ def test_a_second_writer_gets_a_clear_error_and_the_first_is_not_disturbed(index
 
 
 def test_the_lock_of_a_killed_writer_does_not_survive_it(index, monkeypatch):
-    monkeypatch.setattr(catalog, "WRITER_WAIT", 0.05)
+    monkeypatch.setattr(database, "WRITER_WAIT", 0.05)
     script = (
         "import sys, time; from vitembed.index import Index; index = Index.open(sys.argv[1])\n"
         "with index.transaction():\n"
@@ -441,20 +452,20 @@ def filled(tmp_path):
 
 
 def test_a_truncated_or_missing_vector_file_is_an_error_on_opening(filled):
-    file = filled / "vectors.f32"
+    file = vector_file(filled)
     with file.open("r+b") as stream:
         stream.truncate(99 * DIM * 4 + 3)
     with pytest.raises(SearchIndexError, match="100 rows were committed, 99 are there"):
         Index.open(filled)
     file.unlink()
-    with pytest.raises(SearchIndexError, match="cannot read the vectors"):
+    with pytest.raises(SearchIndexError, match="cannot read it"):
         Index.open(filled)
 
 
 def test_a_file_truncated_under_an_open_index_is_an_error_and_no_crash(filled):
     with Index.open(filled) as index:
         index.search(unit(1))
-        with (filled / "vectors.f32").open("r+b") as stream:
+        with vector_file(filled).open("r+b") as stream:
             stream.truncate(5)
         with pytest.raises(SearchIndexError, match="damaged"):
             index.search(unit(1))
@@ -464,24 +475,24 @@ def test_a_file_truncated_under_an_open_index_is_an_error_and_no_crash(filled):
 
 
 def test_rows_beyond_the_committed_ones_are_ignored_and_overwritten(filled):
-    with (filled / "vectors.f32").open("ab") as stream:
+    with vector_file(filled).open("ab") as stream:
         stream.write(b"left by a killed writer" * 10)
     with Index.open(filled) as index:
         assert len(index.search(unit(1), k=200)[0]) == 100
         index.add(["new"], unit(1, 4))
         np.testing.assert_array_equal(index.get("new").vector, unit(1, 4)[0])
         assert index.check() == []
-    assert (filled / "vectors.f32").stat().st_size == 101 * DIM * 4
+    assert vector_file(filled).stat().st_size == 101 * DIM * 4
 
 
 def test_a_flipped_bit_in_the_vectors_is_an_error_and_not_a_hit(filled):
-    file = filled / "vectors.f32"
+    file = vector_file(filled)
     content = bytearray(file.read_bytes())
     content[1_234] ^= 1
     file.write_bytes(content)
     with Index.open(filled) as index:
-        for use in (lambda: index.search(unit(1)), lambda: index.get("id0")):
-            with pytest.raises(SearchIndexError, match="rows 0 to 99 do not match their checksum"):
+        for use in (lambda: index.search(unit(1)), lambda: index.get("id38")):
+            with pytest.raises(SearchIndexError, match="row 38 does not match its checksum"):
                 use()
         assert [problem for problem in index.check() if "checksum" in problem]
 
@@ -546,7 +557,7 @@ def test_check_finds_what_was_changed_behind_its_back(filled, sql, message):
 def test_an_entry_that_was_deleted_behind_the_bitmap_is_an_error_and_not_a_short_answer(filled):
     edit(filled, "DELETE FROM items WHERE id = 'id1'")
     with Index.open(filled) as index:
-        with pytest.raises(SearchIndexError, match="a live row has no entry"):
+        with pytest.raises(SearchIndexError, match="live row 1 has no entry"):
             index.search(unit(1), k=100)
         with pytest.raises(SearchIndexError, match="100 rows live and 99 have an id"):
             index.ids()
@@ -555,10 +566,13 @@ def test_an_entry_that_was_deleted_behind_the_bitmap_is_an_error_and_not_a_short
 
 
 def test_settings_and_formats_that_do_not_fit_are_refused(filled, tmp_path):
-    edit(filled, "PRAGMA user_version = 2")
-    with pytest.raises(SearchIndexError, match="has format 2, this vitembed reads format 1; upgrade"):
+    edit(filled, "PRAGMA user_version = 3")
+    with pytest.raises(SearchIndexError, match="has format 3, this vitembed reads format 2; upgrade"):
         Index.open(filled)
     edit(filled, "PRAGMA user_version = 1")
+    with pytest.raises(SearchIndexError, match="has the old format 1, not 2; build the index again"):
+        Index.open(filled)
+    edit(filled, "PRAGMA user_version = 2")
     edit(filled, "UPDATE meta SET value = '7' WHERE key = 'dim'")
     with pytest.raises(SearchIndexError, match="'dim' does not match its checksum"):
         Index.open(filled)
@@ -577,8 +591,8 @@ def test_settings_and_formats_that_do_not_fit_are_refused(filled, tmp_path):
 
 def test_a_lost_block_is_an_error(tmp_path):
     with Index.create(tmp_path / "x.index", 2) as index:
-        rows = 2 * blocks.BLOCK_ROWS + 1
-        index.add(names(rows), np.tile(np.float32([[0, 1]]), (rows, 1)))
+        count = 2 * blocks.BLOCK_ROWS + 1
+        index.add(names(count), np.tile(np.float32([[0, 1]]), (count, 1)))
     edit(tmp_path / "x.index", "DELETE FROM blocks WHERE number = 1")
     with pytest.raises(SearchIndexError, match="lost blocks"):
         Index.open(tmp_path / "x.index")

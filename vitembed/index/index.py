@@ -1,13 +1,11 @@
 """`Index`: string ids, vectors and metadata that are added, replaced, removed, searched and checked.
 
-An index is a directory: `catalog.sqlite` is the truth (see `vitembed.index.catalog`), `vectors.f32` holds the numbers
-(see `vitembed.index.vectors`), FAISS scores them (see `vitembed.index.ann`). What this module owns is the order of
-things:
+An index is a directory. `catalog.sqlite` is the truth (see `vitembed.index.catalog`); `vectors-*.f32` holds the numbers
+(see `vitembed.index.vectors`); `vectors-*.codes` (see `vitembed.index.codes`) and `structure-*.faiss` (see
+`vitembed.index.structure`) are caches that searches are faster with and that can be made again.
 
-- Vectors are on the disk before the transaction that makes them part of the index commits; a kill in between leaves
-  rows that nobody looks at.
-- A search, from the list of live rows to the metadata of its hits, sees one committed state.
-- A block of vectors is compared with its checksum before this process first uses it.
+What this module owns is who sees what: a change is one transaction, and a search, from the list of live rows to the
+metadata of its hits, sees one committed state.
 """
 
 import json
@@ -17,22 +15,32 @@ import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from vitembed.errors import ConfigError, DataError, ModelMismatchError, SearchIndexError, VectorError
-from vitembed.index import ann
-from vitembed.index.blocks import Block, BoolArray, LiveRows, extended
-from vitembed.index.catalog import NAME, Catalog, Item
-from vitembed.index.inputs import Metadata, MetadataValue, checked_ids, checked_metadata, checked_vectors, checked_where
+from vitembed.index import changes, checking, exact, searching
+from vitembed.index.catalog import NAME, Catalog
+from vitembed.index.changes import Entries
+from vitembed.index.filters import parse
+from vitembed.index.inputs import Metadata, checked_ids, checked_metadata, checked_vectors
+from vitembed.index.mapped import VanishedError
+from vitembed.index.optimization import Optimization
+from vitembed.index.optimize import Optimizer, Wanted, unchanged
 from vitembed.index.results import Hit, Record, Records
-from vitembed.index.vectors import VectorFile, sync_folder
+from vitembed.index.rows import Rows
+from vitembed.index.structure import Structure, require_kind
+from vitembed.index.vectors import DTYPES, sync_folder
 
 _MAX_DIM = 65_536
+
+# How often a reader tries again that meets an index being rewritten.
+_ATTEMPTS = 5
 
 
 class Index:
@@ -56,10 +64,10 @@ class Index:
         if not self.path.is_dir():
             raise SearchIndexError(f"{self.path} is not an index: there is no such folder; use Index.create")
         self.catalog = Catalog(self.path / NAME)  # for the other modules of this package
-        self._vectors = VectorFile(self.path / self.catalog.vectors, self.catalog.dim)
-        self._live = LiveRows(self._vectors)
+        self._rows: Rows | None = None
+        self._stale: list[Path] = []  # files that the change being made has replaced
         try:
-            with self._snapshot():
+            with self.snapshot():
                 pass
         except BaseException:
             self.close()
@@ -67,7 +75,12 @@ class Index:
 
     @classmethod
     def create(
-        cls, path: str | os.PathLike[str], dim: int, fingerprint: str | None = None, location: str | None = None
+        cls,
+        path: str | os.PathLike[str],
+        dim: int,
+        fingerprint: str | None = None,
+        location: str | None = None,
+        dtype: str = "float32",
     ) -> Self:
         """Make an empty index and open it.
 
@@ -76,14 +89,18 @@ class Index:
             dim: the width of the vectors, from 1 to 65,536.
             fingerprint: of the model that makes the vectors; None when it is not known (yet).
             location: where that model is kept (a folder or a name), a note for whoever opens the index.
+            dtype: what vectors are stored as: "float32", or "float16" in half the space, which rounds each number by
+                up to 0.05 % and with it scores by about 1e-4.
 
         Raises:
-            ConfigError: `dim` is out of range.
+            ConfigError: `dim` is out of range, or `dtype` is unknown.
             SearchIndexError: there is something at `path` already, or it cannot be written.
         """
         target = Path(path)
         if isinstance(dim, bool) or not isinstance(dim, int) or not 1 <= dim <= _MAX_DIM:
             raise ConfigError(f"dim must be a whole number from 1 to {_MAX_DIM:,}; got {dim!r}")
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             what = "is an index already; open it" if (target / NAME).exists() else "exists and is not empty"
             raise SearchIndexError(f"cannot create an index: {target} {what}, or choose another name")
@@ -91,9 +108,10 @@ class Index:
         draft = target.absolute().with_name(f".{target.absolute().name}-{secrets.token_hex(4)}")
         try:
             draft.mkdir()
-            (draft / "vectors.f32").touch()
-            meta = {"dim": str(dim), "fingerprint": fingerprint, "location": location, "vectors": "vectors.f32"}
-            Catalog.create(draft / NAME, meta)
+            name = _vector_name(dtype)
+            (draft / name).touch()
+            settings = {"dim": str(dim), "dtype": dtype, "vectors": name}
+            Catalog.create(draft / NAME, {**settings, "fingerprint": fingerprint, "location": location})
             if target.exists():
                 target.rmdir()
             draft.rename(target)
@@ -106,7 +124,7 @@ class Index:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Open an index for reading and writing.
+        """Open an index for reading and writing; for reading alone where it lies in a place that cannot be written.
 
         Raises:
             SearchIndexError: it is missing, damaged or of a newer format.
@@ -118,7 +136,8 @@ class Index:
         with self._mutex:
             if not self._closed:
                 self._closed = True
-                self._vectors.close()
+                if self._rows is not None:
+                    self._rows.close()
                 self.catalog.close()
 
     def __enter__(self) -> Self:
@@ -138,7 +157,8 @@ class Index:
     @property
     def dim(self) -> int:
         """Width of the vectors."""
-        return self.catalog.dim
+        with self.snapshot() as rows:
+            return rows.dim
 
     @property
     def fingerprint(self) -> str | None:
@@ -151,6 +171,18 @@ class Index:
         """Where the model that made the vectors is kept; None when it was never recorded."""
         with self._open():
             return self.catalog.meta("location")
+
+    @property
+    def dtype(self) -> str:
+        """What vectors are stored as, "float32" or "float16"."""
+        with self._open():
+            return str(self.catalog.meta("dtype"))
+
+    @property
+    def optimization(self) -> Optimization | None:
+        """How the index searches, as `optimize` chose it; None, and then searches are exact, when it never did."""
+        with self.snapshot() as rows:
+            return rows.optimization
 
     def __len__(self) -> int:
         with self._open():
@@ -172,12 +204,12 @@ class Index:
             DataError: the id is not in the index.
             SearchIndexError: the entry or its block of vectors is damaged.
         """
-        with self._snapshot() as live:
+        with self.snapshot() as rows:
             item = self.catalog.find(checked_ids([name])).get(name)
             if item is None:
                 raise _unknown([name])
-            only = np.arange(len(live.mask)) == item.row
-            return Record(item.id, live.verified(only)[item.row].copy(), json.loads(item.metadata))
+            only = np.array([item.row])
+            return Record(item.id, exact.as_floats(rows.verified(only)[only])[0], json.loads(item.metadata))
 
     def stream(self, size: int = 4_096) -> Iterator[Records]:
         """Yield all entries in batches, in the order in which they were last added.
@@ -193,17 +225,17 @@ class Index:
         """
         if size < 1:
             raise ConfigError(f"size must be at least 1; got {size}")
-        with self._snapshot() as live:
-            stop = len(live.mask)
+        with self.snapshot() as rows:
+            stop, name = len(rows.mask), rows.name
         for start in range(0, stop, size):
-            with self._snapshot() as live:
-                rows = np.flatnonzero(live.mask[start : min(start + size, stop)]) + start
-                only = np.zeros_like(live.mask)
-                only[rows] = True
-                items = self.catalog.items(rows.tolist())
+            with self.snapshot() as rows:
+                if rows.name != name:
+                    raise SearchIndexError(f"{self.path} was rewritten while it was read; begin again")
+                live = np.flatnonzero(rows.mask[start : min(start + size, stop)]) + start
+                items = rows.items(live.tolist()).values()
                 batch = Records(
                     [item.id for item in items],
-                    live.verified(only)[rows],
+                    exact.as_floats(rows.verified(live)[live]),
                     [json.loads(item.metadata) for item in items],
                 )
             if len(batch):
@@ -229,17 +261,20 @@ class Index:
         """Make the changes of a block one change: all of them are committed at its end, or none after an exception.
 
         Raises:
-            SearchIndexError: another process is writing.
+            SearchIndexError: another process is writing, or the index lies where it cannot be written.
         """
         with self._open():
-            generation = self._live.generation
+            stale = len(self._stale)
             try:
                 with self.catalog.writing():
                     yield
             except BaseException:
-                if self._live.generation != generation:
-                    self._live.forget()  # a search within the block has seen what is now undone
+                del self._stale[stale:]
+                self._forget()  # what was seen of the change is undone, and its row numbers will be used again
                 raise
+            if not self.catalog.in_change:
+                while self._stale:
+                    changes.discard(self._stale.pop())
 
     def add(
         self,
@@ -251,7 +286,7 @@ class Index:
 
         Args:
             ids: n different strings of 1 to 1,024 bytes of UTF-8 without control characters.
-            vectors: (n, dim) finite numbers, rows of unit length; stored as float32.
+            vectors: (n, dim) finite numbers, rows of unit length.
             metadata: n mappings that JSON can hold; None for none. A replaced id loses its old metadata.
 
         Raises:
@@ -260,25 +295,18 @@ class Index:
             SearchIndexError: another process is writing, or the disk is full.
         """
         names = checked_ids(ids)
-        rows = checked_vectors(vectors, self.dim, names)
-        if len(rows) != len(names):
-            raise VectorError(f"there must be one vector for each id; got {len(names)} ids and {len(rows)} vectors")
+        numbers = checked_vectors(vectors, self.dim, names)
+        if len(numbers) != len(names):
+            raise VectorError(f"there must be one vector for each id; got {len(names)} ids and {len(numbers)} vectors")
         texts = checked_metadata(metadata, names)
         if not names:
             return
-        with self.transaction():
-            self._drop(list(self.catalog.find(names).values()))
-            last = self.catalog.last_block()  # after the drop, which may have changed it
-            first = last.stop
-            self._vectors.append(first, rows)
-            for block in extended(last, rows):
-                self.catalog.put_block(block)
-            self.catalog.insert_items(
-                [Item(first + n, name, text) for n, (name, text) in enumerate(zip(names, texts, strict=True))]
-            )
+        with self.transaction(), self.snapshot() as rows:
+            changes.drop(self.catalog, list(self.catalog.find(names).values()))
+            changes.append(self.catalog, rows, Entries(names, numbers, texts))
 
     def remove(self, ids: Iterable[str], missing_ok: bool = False) -> int:
-        """Remove ids, all of them or none.
+        """Remove ids, all of them or none. `compact` gives their space back.
 
         Args:
             ids: the ids; one that is named twice counts once.
@@ -297,29 +325,139 @@ class Index:
             missing = [name for name in names if name not in found]
             if missing and not missing_ok:
                 raise _unknown(missing)
-            self._drop(list(found.values()))
+            changes.drop(self.catalog, list(found.values()))
         return len(found)
 
-    def _drop(self, items: Sequence[Item]) -> None:
-        """Delete live items and clear their rows' bits."""
-        self.catalog.delete_items(items)
-        rows = np.array([item.row for item in items], np.int64)
-        for block in self.catalog.blocks_of(rows.tolist()):
-            mask = block.mask()
-            mask[rows[(rows >= block.start) & (rows < block.stop)] - block.start] = False
-            self.catalog.put_block(block.with_mask(mask))
+    def rewrite(
+        self, records: Iterable[Records], dim: int, fingerprint: str | None = None, location: str | None = None
+    ) -> None:
+        """Replace all entries, the width and the model, in one change.
+
+        Within `transaction` other records can be changed along. The structure goes: call `optimize` afterwards.
+
+        Args:
+            records: the new entries in batches, in order; ids, vectors (n, dim) and metadata as in `add`.
+            dim: the new width.
+            fingerprint: of the model that made the vectors.
+            location: where that model is kept.
+
+        Raises:
+            DataError: an id or a mapping is not as it must be, or comes twice.
+            VectorError: the vectors are not as they must be.
+            SearchIndexError: another process is writing, or the disk is full.
+        """
+        self._rewrite(_checked(records, dim), {"dim": str(dim), "fingerprint": fingerprint, "location": location})
+
+    def compact(self) -> int:
+        """Write the vectors anew without the rows of removed and replaced entries.
+
+        Searches in other processes go on meanwhile. The structure goes: call `optimize` afterwards.
+
+        Returns:
+            How many rows were dropped; with none the index is left as it is.
+
+        Raises:
+            SearchIndexError: another process is writing, the disk is full, or a vector is damaged.
+        """
+        with self.transaction():
+            with self.snapshot() as rows:
+                dead = len(rows.mask) - rows.live
+                if dead:
+                    rows.verified(np.flatnonzero(rows.mask))  # before their checksums are deleted
+                    self._rewrite(changes.surviving(self.catalog, rows), {})
+            return dead
+
+    def _rewrite(self, batches: Iterable[Entries], settings: dict[str, str | None]) -> None:
+        with self.transaction(), self.snapshot() as rows:
+            name = _vector_name(self.dtype)
+            old = [rows.vectors.path, rows.codes.path]
+            if rows.optimization and rows.optimization.file:
+                old.append(self.path / rows.optimization.file)
+            changes.rewrite(self.catalog, self.path, {**settings, "vectors": name}, batches)
+            sync_folder(self.path)
+            self._stale += old
+
+    def optimize(
+        self,
+        recall: float = 0.95,
+        memory: int | None = None,
+        kind: str | None = None,
+        k: int = 10,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Optimization:
+        """Make searches faster at a known recall: build a FAISS structure, measure it, and search with it from now on.
+
+        Some entries are kept out of the structure while it is built, and serve as queries: the recall is the mean share
+        of their k nearest entries, by exact search, that the structure finds. They join it afterwards. Later entries
+        are searched exactly beside the structure until `optimize` is called again, which adds them to it (or builds it
+        anew when they are many, or when other things are asked for). Searches and changes go on meanwhile.
+
+        Args:
+            recall: to reach, in (0, 1); 1 goes back to exact search, as does an index that is fast enough as it is.
+            memory: the most that a structure may take, in bytes; None for no limit.
+            kind: "hnsw", "ivf" or "ivfpq" (see `vitembed.index.structure`), or "exact"; None to choose by the number of
+                entries, the memory, and what is measured.
+            k: number of neighbours to measure the recall with.
+            seed: of the choice of entries to measure with.
+            progress: show bars on standard error.
+
+        Returns:
+            What was chosen, with the measured curve.
+
+        Raises:
+            ConfigError: an argument is out of range.
+            SearchIndexError: the kind that was asked for does not reach the recall or does not fit; the index was
+                rewritten meanwhile; the disk is full.
+        """
+        searching.checked_recall(recall, None)
+        if kind is not None:
+            require_kind(kind)
+        if memory is not None and memory < 0:
+            raise ConfigError(f"memory must not be negative; got {memory}")
+        wanted = Wanted(float(recall), searching.checked_k(k), memory, "exact" if recall == 1 else kind, seed)
+        with self.snapshot() as rows:
+            source, known = rows.frozen(), rows.optimization
+        if known is not None and unchanged(known, source, wanted):
+            return known
+        return self._install(source.name, *Optimizer(source, wanted, progress).run(known))
+
+    def _install(self, name: str, structure: Structure | None, chosen: Optimization) -> Optimization:
+        """Make a structure that was built from the rows of a numbering the index's own."""
+        with self.transaction(), self.snapshot() as rows:
+            if rows.name != name:
+                raise SearchIndexError(f"{self.path} was rewritten while its structure was built; call optimize again")
+            changes.sweep(self.catalog, self.path)
+            if rows.optimization and rows.optimization.file:
+                self._stale.append(self.path / rows.optimization.file)
+            if structure is not None:
+                file = f"structure-{secrets.token_hex(4)}.faiss"
+                chosen = replace(chosen, file=file, checksum=structure.save(self.path / file))
+            self.catalog.set_meta("structure", chosen.to_json())
+        return chosen
 
     # Searching it
 
     def search(
-        self, vectors: npt.ArrayLike, k: int = 10, where: Mapping[str, MetadataValue] | None = None
+        self,
+        vectors: npt.ArrayLike,
+        k: int = 10,
+        where: Mapping[str, Any] | None = None,
+        recall: float | None = None,
+        effort: int | None = None,
     ) -> list[list[Hit]]:
-        """Return the k entries most alike to each query, exactly.
+        """Return the k entries most alike to each query.
+
+        The search is exact, unless `optimize` built a structure. Then it is as good as was asked for there, but for
+        searches with a filter, which are exact; `recall` and `effort` change that for one call.
 
         Args:
             vectors: (n, dim) or (dim,) finite numbers of unit length.
-            k: how many hits; where the index holds fewer, there are fewer.
-            where: only entries whose metadata hold these values under these keys; all when None.
+            k: how many hits; where fewer entries match, there are fewer, and never otherwise.
+            where: only entries whose metadata match, as `vitembed.index.filters` describes; all when None.
+            recall: the share of the true hits to find, in (0, 1]; 1 for an exact search. The least effort that was
+                measured to reach it is taken, exact search if none was.
+            effort: how much of the structure to look at: HNSW's efSearch, or the number of lists.
 
         Returns:
             For each query its hits, best first; equal scores in the order of insertion. A single vector gives a list of
@@ -327,18 +465,16 @@ class Index:
 
         Raises:
             VectorError: the vectors are not as above.
-            ConfigError: `k` is less than 1, or `where` asks for something else than a text, number, bool or None.
+            ConfigError: `k`, `where`, `recall` or `effort` is not as above.
             SearchIndexError: what had to be read is damaged.
         """
-        queries = checked_vectors(vectors, self.dim, single=True)
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-            raise ConfigError(f"k must be a whole number of at least 1; got {k!r}")
-        with self._snapshot() as live:
-            mask = live.mask if where is None else self._matching(live.mask, where)
-            return self._hits(ann.nearest(live.verified(mask), mask, queries, int(k)))
+        with self.snapshot() as rows:
+            queries = checked_vectors(vectors, rows.dim, single=True)
+            searching.checked_recall(recall, effort)
+            return searching.hits(rows, searching.find(rows, queries, searching.checked_k(k), where, recall, effort))
 
     def search_within(
-        self, vectors: npt.ArrayLike, score: float, where: Mapping[str, MetadataValue] | None = None
+        self, vectors: npt.ArrayLike, score: float, where: Mapping[str, Any] | None = None
     ) -> list[list[Hit]]:
         """Return all entries that are at least this alike to each query, exactly.
 
@@ -355,64 +491,48 @@ class Index:
             ConfigError: `score` is no number in that range, or `where` is not as in `search`.
             SearchIndexError: what had to be read is damaged.
         """
-        queries = checked_vectors(vectors, self.dim, single=True)
-        with self._snapshot() as live:
-            mask = live.mask if where is None else self._matching(live.mask, where)
-            found = ann.nearest(live.verified(mask), mask, queries, max(int(mask.sum()), 1))
-            return self._hits([(rows[scores >= score], scores[scores >= score]) for rows, scores in found])
-
-    def _matching(self, mask: BoolArray, where: Mapping[str, MetadataValue]) -> BoolArray:
-        """Return which of the rows of a mask hold every one of these values."""
-        for key, value in checked_where(where).items():
-            found = np.zeros_like(mask)
-            found[self.catalog.matching(key, value)] = True
-            mask = mask & found
-        return mask
-
-    def _hits(self, found: list[tuple[ann.RowArray, ann.ScoreArray]]) -> list[list[Hit]]:
-        rows = np.unique(np.concatenate([np.empty(0, np.int64), *(rows for rows, _ in found)])).tolist()
-        items = {item.row: item for item in self.catalog.items(rows)}
-        if len(items) != len(rows):
-            raise SearchIndexError(
-                f"{self.path} is damaged: a live row has no entry; restore it from a copy or build it again"
-            )
-        return [
-            [
-                Hit(items[row].id, max(-1.0, min(1.0, score)), json.loads(items[row].metadata))
-                for row, score in zip(best.tolist(), scores.tolist(), strict=True)
-            ]
-            for best, scores in found
-        ]
+        if isinstance(score, bool) or not isinstance(score, int | float | np.number) or not -1 <= score <= 1:
+            raise ConfigError(f"score must be a number from -1 to 1; got {score!r}")
+        with self.snapshot() as rows:
+            queries = checked_vectors(vectors, rows.dim, single=True)
+            mask = rows.mask if where is None else rows.matching(parse(where))
+            return searching.hits(rows, exact.within(rows, mask, queries, float(score)))
 
     # Checking it
 
-    def check(self) -> list[str]:
-        """Compare everything with its checksum and the two files with each other.
+    def check(self, repair: bool = False) -> list[str]:
+        """Compare everything with its checksum and the files with each other.
+
+        Args:
+            repair: make again what can be made again: the codes, the structure, and SQLite's own indices.
 
         Returns:
-            What is wrong, one line each; empty when all is well.
+            What is wrong, one line each, and still wrong after a repair; empty when all is well.
         """
-        problems: list[str] = []
-        with self._open(), self.catalog.reading():
-            self._live.forget()  # so that every row is compared again
-            try:
-                problems += self.catalog.check()
-                with self._snapshot() as live:
-                    for block in live.blocks:
-                        problems += self._check_block(live, block)
-            except SearchIndexError as error:
-                problems.append(str(error))
-        return problems
+        problems = self._problems()
+        if not problems or not repair:
+            return problems
+        with self.transaction():
+            self.catalog.rebuild_indices()
+            with self.snapshot() as rows:
+                for number in rows.uncoded():
+                    self.catalog.put_codes(rows.encode(number))
+        with self.snapshot() as rows:
+            lost = rows.optimization if rows.optimization and rows.structure() is None else None
+        if lost is not None and lost.file is not None:
+            self.optimize(lost.target, kind=lost.kind, k=lost.k)
+        return self._problems()
 
-    def _check_block(self, live: LiveRows, block: Block) -> list[str]:
+    def _problems(self) -> list[str]:
+        problems: list[str] = []
         try:
-            live.verify(block)
-            rows = [item.row for item in self.catalog.items_between(block.start, block.stop)]
+            with self.snapshot() as rows:
+                rows.unverify()
+                problems += checking.lasting_problems(self.catalog, rows)
+                problems += checking.cache_problems(rows)
         except SearchIndexError as error:
-            return [str(error)]
-        if rows != (np.flatnonzero(block.mask()) + block.start).tolist():
-            return [f"{self.path}: of rows {block.start} to {block.stop - 1} others live than have an entry"]
-        return []
+            problems.append(str(error))
+        return problems
 
     # What this process keeps of the catalog
 
@@ -424,13 +544,51 @@ class Index:
             yield
 
     @contextmanager
-    def _snapshot(self) -> Iterator[LiveRows]:
-        """Within the block everything that is read belongs to one committed state, the live rows too."""
-        with self._open(), self.catalog.reading():
-            generation = self.catalog.generation()
-            if generation != self._live.generation:
-                self._live.update(generation, self.catalog.blocks_after(self._live.generation))
-            yield self._live
+    def snapshot(self) -> Iterator[Rows]:
+        """Within the block everything that is read belongs to one committed state; for the modules of this package."""
+        with self._open():
+            for attempt in range(_ATTEMPTS):
+                with self.catalog.reading():
+                    try:
+                        rows = self._refreshed()
+                    except VanishedError:
+                        # Between the start of this state and now another process has rewritten the index.
+                        if attempt == _ATTEMPTS - 1 or self.catalog.in_change:
+                            raise
+                        continue
+                    yield rows
+                    return
+
+    def _refreshed(self) -> Rows:
+        generation, name = self.catalog.state()
+        if self._rows is None or self._rows.name != name:
+            self._forget()
+            self._rows = Rows(self.path, self.catalog, name)
+        if self._rows.generation != generation:
+            self._rows.update(generation)
+            if self.catalog.in_change:
+                self._rows.generation = generation - 1  # more may change before this one ends
+        return self._rows
+
+    def _forget(self) -> None:
+        if self._rows is not None:
+            self._rows.close()
+            self._rows = None
+
+
+def _vector_name(dtype: str) -> str:
+    return f"vectors-{secrets.token_hex(4)}.f{8 * DTYPES[dtype].itemsize}"
+
+
+def _checked(records: Iterable[Records], dim: int) -> Iterator[Entries]:
+    seen: set[str] = set()
+    for batch in records:
+        names = checked_ids(batch.ids)
+        again = next((name for name in names if name in seen), None)
+        if again is not None:
+            raise DataError(f"ids must be different; {again!r} comes twice")
+        seen.update(names)
+        yield Entries(names, checked_vectors(batch.vectors, dim, names), checked_metadata(batch.metadata, names))
 
 
 def _unknown(names: list[str]) -> DataError:

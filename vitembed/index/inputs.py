@@ -1,4 +1,4 @@
-"""What may go into an index: the checks of ids, vectors, metadata and filters, before anything is changed.
+"""What may go into an index: the checks of ids, vectors and metadata, before anything is changed.
 
 Each returns its argument in the one form that the rest of the package works with, or raises an error that names the
 item.
@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vitembed.errors import ConfigError, DataError, VectorError
+from vitembed.errors import DataError, VectorError
 from vitembed.index.vectors import FloatArray
 
 Metadata = dict[str, Any]
-MetadataValue = str | int | float | bool | None
 
 # How far from 1 a row's length may be: rounding to float16 stays below it, a forgotten normalisation does not.
 UNIT_TOLERANCE = 1e-3
@@ -85,29 +84,6 @@ def checked_metadata(metadata: Sequence[Metadata | None] | None, names: list[str
             raise DataError(f"the metadata of {name!r} cannot be written as JSON: {error}") from error
         texts.append(text)
     return texts
-
-
-def checked_where(where: Mapping[str, MetadataValue]) -> dict[str, MetadataValue]:
-    """Return a filter with its values as plain Python ones.
-
-    Raises:
-        ConfigError: it is no mapping, or asks for something else than texts, finite numbers, bools and None.
-    """
-    if not isinstance(where, Mapping):
-        raise ConfigError(f"where must map keys of the metadata to values; got {type(where).__name__}")
-    for key, value in where.items():
-        simple = isinstance(key, str) and (value is None or isinstance(value, str | int | float))
-        if not simple or (isinstance(value, int) and not -(2**63) <= value < 2**63):
-            raise ConfigError(f"where must map texts to texts, numbers, bools or None; got {key!r}: {value!r:.80}")
-        if isinstance(value, float) and not np.isfinite(value):
-            raise ConfigError(f"where must ask for finite numbers; got {key!r}: {value!r}")
-    return {key: _plain(value) for key, value in where.items()}
-
-
-def _plain(value: MetadataValue) -> MetadataValue:
-    """Return a value as exactly the built-in type that it is a kind of."""
-    kinds: tuple[type[bool | int | float | str], ...] = (bool, int, float, str)
-    return next((kind(value) for kind in kinds if isinstance(value, kind)), None)
 
 
 def checked_vectors(

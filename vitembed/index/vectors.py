@@ -1,93 +1,82 @@
-"""The vectors of an index: one append-only file of float32 rows, read where it lies through a memory map.
+"""The vectors of an index: one append-only file of rows, read where it lies through a memory map.
 
-Row r begins at byte `r * dim * 4`; there is no header, because what the file means (its width, how many of its rows are
-committed, their checksums, which of them live) is the catalog's to say. Committed rows are never changed in place. Rows
-past the committed count are what a killed or rolled-back writer left behind: no reader looks at them and the next
-writer overwrites them.
+Row r begins at byte `r * dim * itemsize`; there is no header, because what the file means (its width and type, how many
+of its rows are committed, their checksums, which of them live) is the catalog's to say. Committed rows are never
+changed in place. Rows past the committed count are what a killed or rolled-back writer left behind: no reader looks at
+them and the next writer overwrites them.
 """
 
 import os
 import zlib
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vitembed.errors import SearchIndexError
+from vitembed.index.mapped import MappedFile
 
 FloatArray = npt.NDArray[np.float32]
+StoredArray = npt.NDArray[np.float32] | npt.NDArray[np.float16]
+ChecksumArray = npt.NDArray[np.uint32]
 
-_FLOAT = np.dtype("<f4")
+# The types that rows are stored in.
+DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 
 
-class VectorFile:
+class VectorFile(MappedFile):
     """The file of rows.
 
     Args:
         path: the file, which must exist.
         dim: numbers in a row.
+        dtype: "float32" or "float16".
     """
 
-    def __init__(self, path: Path, dim: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, dim: int, dtype: str) -> None:
+        super().__init__(path)
         self.dim = dim
-        self._stride = dim * _FLOAT.itemsize
-        self._map: FloatArray = np.empty((0, dim), _FLOAT)
+        self.dtype = DTYPES[dtype]
+        self.stride = dim * self.dtype.itemsize
 
-    def append(self, row: int, vectors: FloatArray) -> None:
+    def append(self, row: int, vectors: StoredArray) -> None:
         """Write rows from number `row` on and force them to the disk; whatever lay there or beyond is replaced.
 
         Args:
             row: the committed count, where the first new row goes.
-            vectors: (n, dim) float32.
+            vectors: (n, dim) of the stored type.
 
         Raises:
             SearchIndexError: the file is shorter than `row` rows, or the disk is full or cannot be written.
         """
-        self._require(row)
-        start = row * self._stride
-        try:
-            with self.path.open("r+b") as file:
-                file.truncate(start)
-                file.seek(start)
-                file.write(np.ascontiguousarray(vectors, _FLOAT).data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise SearchIndexError(
-                f"{self.path}: cannot write the vectors ({error.strerror}); nothing was changed"
-            ) from error
+        self.read(row)
+        self.write(row * self.stride, vectors, truncate=True)
 
-    def read(self, rows: int) -> FloatArray:
-        """Return the first `rows` rows, (rows, dim) float32, mapped and read-only.
+    def read(self, rows: int) -> StoredArray:
+        """Return the first `rows` rows, (rows, dim), mapped and read-only.
 
         Raises:
             SearchIndexError: the file is missing or shorter than that.
         """
-        self._require(rows)
-        if rows > len(self._map):
-            self._map = np.memmap(self.path, _FLOAT, mode="r", shape=(rows, self.dim))
-        # A plain array of the mapped pages: np.memmap's own indexing costs more than FAISS takes for a small block.
-        return self._map[:rows].view(np.ndarray)
-
-    def close(self) -> None:
-        """Let go of the map."""
-        self._map = np.empty((0, self.dim), _FLOAT)
-
-    def _require(self, rows: int) -> None:
-        # Before every use, because touching a mapped page that a truncation took away would kill the process.
-        try:
-            found = self.path.stat().st_size // self._stride
-        except OSError as error:
-            raise SearchIndexError(
-                f"{self.path}: cannot read the vectors ({error.strerror}); restore the index from a copy"
-            ) from error
+        found = self.size() // self.stride
         if found < rows:
             raise SearchIndexError(
                 f"{self.path} is damaged: {rows} rows were committed, {found} are there; "
                 "restore the index from a copy or build it again"
             )
+        array: StoredArray = self.mapped(rows * self.stride).view(self.dtype).reshape(rows, self.dim)
+        return array
+
+
+def checksums(vectors: StoredArray, rows: Iterable[int] | None = None) -> ChecksumArray:
+    """Return the CRC-32 of the bytes of each row, or of these rows."""
+    flat = np.ascontiguousarray(vectors).view(np.uint8).reshape(-1).data
+    stride = vectors.shape[1] * vectors.itemsize
+    numbers = range(len(vectors)) if rows is None else rows
+    return np.array([zlib.crc32(flat[row * stride : (row + 1) * stride]) for row in numbers], np.uint32)
 
 
 def sync_folder(path: Path) -> None:
@@ -100,8 +89,3 @@ def sync_folder(path: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def checksum(vectors: FloatArray, previous: int = 0) -> int:
-    """Return the CRC-32 of the rows' bytes, continued from the checksum of the rows before them."""
-    return zlib.crc32(np.ascontiguousarray(vectors, _FLOAT).data, previous) if len(vectors) else previous

@@ -25,7 +25,7 @@ from vitembed.embedder import Embedder
 from vitembed.errors import ConfigError, DataError, VectorError
 from vitembed.files import atomic_write
 from vitembed.images import ImageSource
-from vitembed.index import ann
+from vitembed.index import exact
 from vitembed.training.data.datasets import ImageDataset
 from vitembed.training.label_errors import VOTES, Suspect, find_suspects
 
@@ -280,9 +280,8 @@ def _wrong_neighbours(vectors: Floats, labels: Ints, known: Bools) -> tuple[Ints
         """Fill in the k nearest of the masked rows for some images."""
         for start in range(0, len(queries), _QUERIES):
             part = queries[start : start + _QUERIES]
-            found, alike = (
-                np.stack(table) for table in zip(*ann.nearest(vectors, mask, vectors[part], k), strict=True)
-            )
+            best = exact.nearest(exact.Plain(vectors), mask, vectors[part], k)
+            found, alike = (np.stack(table) for table in zip(*best, strict=True))
             wrong = labels[found] != labels[part, None]
             order = np.argsort(~wrong, axis=1, kind="stable")[:, :DEPTH]
             there = np.take_along_axis(wrong, order, 1)

@@ -1,0 +1,264 @@
+"""`Rows`: the rows of an index as one process knows them, as of one committed state.
+
+Rows are only ever appended and never change, so what is known of a row (that its vector matches its checksum, its id,
+its metadata) stays known; a later state adds rows and takes some out of the mask. Nothing is read before it is needed,
+and nothing that was read is used before it was compared with its checksum.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vitembed.errors import SearchIndexError
+from vitembed.index.blocks import BLOCK_ROWS, Block, BoolArray
+from vitembed.index.catalog import Catalog, Item
+from vitembed.index.codes import CODE_ROWS, CodedRows, CodeFile, CodeRecord, encode
+from vitembed.index.columns import Columns
+from vitembed.index.exact import RowArray
+from vitembed.index.filters import Filter
+from vitembed.index.optimization import Optimization
+from vitembed.index.structure import Structure
+from vitembed.index.vectors import ChecksumArray, StoredArray, VectorFile, checksums
+
+# Items kept in memory; about 0.4 kB each.
+_ITEMS_KEPT = 200_000
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenRows:
+    """The rows of one committed state, all compared with their checksums; later changes do not touch it.
+
+    Attributes:
+        path: the file of vectors.
+        mask: (rows,) bool, which rows live.
+        vectors: (rows, dim), mapped.
+        blocks: the blocks of codes by number.
+    """
+
+    path: Path
+    mask: BoolArray
+    vectors: StoredArray
+    blocks: dict[int, CodedRows]
+
+    @property
+    def name(self) -> str:
+        """Name of the file of vectors, which tells numberings apart."""
+        return self.path.name
+
+    @property
+    def dim(self) -> int:
+        """Width of the vectors."""
+        return int(self.vectors.shape[1])
+
+    def verified(self, rows: RowArray) -> StoredArray:
+        """Return all vectors."""
+        return self.vectors
+
+    def coded(self, number: int) -> CodedRows | None:
+        """Return a block of codes, if there is one."""
+        return self.blocks.get(number)
+
+
+class Rows:
+    """The rows of one numbering, kept in step with the catalog by `update`.
+
+    Args:
+        folder: the index's.
+        catalog: the index's catalog; the caller sees to transactions.
+        name: name of the file of vectors.
+
+    Attributes:
+        vectors: the file of vectors.
+        generation: the change up to which the rows are known; -1 when nothing is.
+        mask: (rows,) bool, which rows live.
+        live: how many do.
+        optimization: how the index searches; None when it was never optimised.
+        covered: (rows,) bool, the live rows that the structure holds, when it holds dead ones too; None when all live.
+        tail: (rows,) bool, the live rows that came after the structure; None when there are none.
+    """
+
+    def __init__(self, folder: Path, catalog: Catalog, name: str) -> None:
+        self._catalog = catalog
+        self.name = name
+        self.dim = int(catalog.meta("dim") or 0)
+        self.vectors = VectorFile(folder / name, self.dim, str(catalog.meta("dtype")))
+        self.codes = CodeFile((folder / name).with_suffix(".codes"), self.dim)
+        self._columns = Columns(lambda start, stop: ((i.row, i.metadata) for i in catalog.items_between(start, stop)))
+        self.generation = -1
+        self.forget()
+
+    def forget(self) -> None:
+        """Go back to knowing nothing."""
+        self.generation = -1
+        self.blocks: list[Block] = []
+        self.mask: BoolArray = np.empty(0, np.bool_)
+        self._verified: BoolArray = np.empty(0, np.bool_)
+        self._checksums: dict[int, ChecksumArray] = {}
+        self._code_records: dict[int, CodeRecord] = {}
+        self._codes_verified: dict[int, bool] = {}
+        self._items: dict[int, Item] = {}
+        self._columns.forget()
+        self.optimization: Optimization | None = None
+        self._structure: tuple[str, Structure | None] | None = None
+        self.live = 0
+        self.covered: BoolArray | None = None
+        self.tail: BoolArray | None = None
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self.vectors.close()
+        self.codes.close()
+
+    def update(self, generation: int) -> None:
+        """Take in what changed up to a generation.
+
+        Raises:
+            SearchIndexError: blocks are missing, or the vector file is too short for them.
+        """
+        changed = self._catalog.blocks_after(self.generation)
+        blocks = self.blocks[:]
+        for block in changed:
+            blocks[block.number : block.number + 1] = [block]
+        numbered = all(block.number == number for number, block in enumerate(blocks))
+        if not numbered or any(block.rows != BLOCK_ROWS for block in blocks[:-1]):
+            raise self._damaged("its catalog has lost blocks of rows")
+        total = blocks[-1].stop if blocks else 0
+        mask, verified = np.zeros(total, np.bool_), np.zeros(total, np.bool_)
+        mask[: len(self.mask)] = self.mask
+        verified[: len(self._verified)] = self._verified
+        for block in changed:
+            mask[block.start : block.stop] = block.mask()
+            if len(self._checksums.get(block.number, ())) != block.rows:
+                self._checksums.pop(block.number, None)
+        for record in self._catalog.codes_after(self.generation):
+            self._code_records[record.number] = record
+            self._codes_verified.pop(record.number, None)
+        self.vectors.read(total)
+        self._take_structure(self._catalog.structure(), mask)
+        self.generation, self.blocks, self.mask, self._verified = generation, blocks, mask, verified
+
+    # Vectors
+
+    def verified(self, rows: RowArray) -> StoredArray:
+        """Return all vectors (n, dim), mapped, after comparing these rows with their checksums.
+
+        Raises:
+            SearchIndexError: a row does not match.
+        """
+        vectors = self.vectors.read(len(self.mask))
+        fresh = rows[~self._verified[rows]]
+        if len(fresh):
+            found = checksums(vectors, fresh.tolist())
+            wanted = np.empty(len(fresh), np.uint32)
+            numbers = fresh // BLOCK_ROWS
+            for number in np.unique(numbers).tolist():
+                mine = numbers == number
+                wanted[mine] = self._block_checksums(number)[fresh[mine] - number * BLOCK_ROWS]
+            bad = fresh[found != wanted]
+            if len(bad):
+                raise self._damaged(f"row {bad[0]} does not match its checksum")
+            self._verified[fresh] = True
+        return vectors
+
+    def frozen(self) -> FrozenRows:
+        """Return what stays as it is now.
+
+        Raises:
+            SearchIndexError: a row does not match its checksum.
+        """
+        vectors = self.verified(np.flatnonzero(self.mask))
+        coded = {number: self.coded(number) for number in range(len(self.mask) // CODE_ROWS)}
+        blocks = {number: block for number, block in coded.items() if block is not None}
+        return FrozenRows(self.vectors.path, self.mask.copy(), vectors, blocks)
+
+    def unverify(self) -> None:
+        """Forget which rows and codes were compared, so that all are compared again."""
+        self._verified[:] = False
+        self._codes_verified.clear()
+        self._structure = None
+
+    def _block_checksums(self, number: int) -> ChecksumArray:
+        if number not in self._checksums:
+            found = self._catalog.checksums(number)
+            if len(found) != self.blocks[number].rows:
+                raise self._damaged(f"block {number} has {self.blocks[number].rows} rows and {len(found)} checksums")
+            self._checksums[number] = found
+        return self._checksums[number]
+
+    # Codes
+
+    def coded(self, number: int) -> CodedRows | None:
+        """Return a block of codes; None where there are none, or they are damaged."""
+        record = self._code_records.get(number)
+        if record is None or self._codes_verified.get(number) is False:
+            return None
+        coded = self.codes.get(record, verified=number in self._codes_verified)
+        self._codes_verified[number] = coded is not None
+        return coded
+
+    def uncoded(self) -> list[int]:
+        """Return the numbers of the full blocks that have no sound codes."""
+        return [number for number in range(len(self.mask) // CODE_ROWS) if self.coded(number) is None]
+
+    def encode(self, number: int) -> CodeRecord:
+        """Code a full block of rows, write it, and return its record for the catalog."""
+        start = number * CODE_ROWS
+        return self.codes.put(number, encode(self.vectors.read(start + CODE_ROWS)[start:]))
+
+    # Structure
+
+    def _take_structure(self, optimization: Optimization | None, mask: BoolArray) -> None:
+        self.optimization = optimization
+        self.live = int(np.count_nonzero(mask))
+        self.covered = self.tail = None
+        if optimization is None or optimization.file is None:
+            return
+        covers = optimization.covers
+        alive = int(np.count_nonzero(mask[:covers]))
+        if alive < optimization.entries:
+            self.covered = mask.copy()
+            self.covered[covers:] = False
+        if alive < self.live:
+            self.tail = mask.copy()
+            self.tail[:covers] = False
+
+    def structure(self) -> Structure | None:
+        """Return the structure, read when it is first needed; None where there is none, or it is damaged."""
+        known = self.optimization
+        if known is None or known.file is None:
+            return None
+        if self._structure is None or self._structure[0] != known.file:
+            path = self.vectors.path.with_name(known.file)
+            self._structure = known.file, Structure.load(path, known.kind, known.checksum)
+        return self._structure[1]
+
+    # Items
+
+    def items(self, rows: Collection[int]) -> dict[int, Item]:
+        """Return the items of live rows by row.
+
+        Raises:
+            SearchIndexError: one is missing or does not match its checksum.
+        """
+        missing = [row for row in rows if row not in self._items]
+        if missing:
+            if len(self._items) + len(missing) > _ITEMS_KEPT:
+                self._items = {}
+                missing = sorted(rows)
+            self._items |= {item.row: item for item in self._catalog.items(missing)}
+        try:
+            return {row: self._items[row] for row in rows}
+        except KeyError as error:
+            raise self._damaged(f"live row {error} has no entry") from error
+
+    def matching(self, wanted: Filter) -> BoolArray:
+        """Return which live rows match a filter, (rows,) bool."""
+        self._columns.require(wanted.keys(), len(self.mask))
+        return self.mask & wanted.rows(self._columns)
+
+    def _damaged(self, what: str) -> SearchIndexError:
+        return SearchIndexError(
+            f"{self.vectors.path} is damaged: {what}; restore the index from a copy or build it again"
+        )

@@ -1,0 +1,130 @@
+"""Which way a search takes: exact, or over the structure with what came after it beside; and hits from rows."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vitembed.errors import ConfigError
+from vitembed.index import exact
+from vitembed.index.blocks import BoolArray
+from vitembed.index.exact import Found, RowSource
+from vitembed.index.filters import parse
+from vitembed.index.results import Hit
+from vitembed.index.rows import Rows
+from vitembed.index.structure import Structure
+from vitembed.index.vectors import FloatArray
+
+# Below this share of the entries an exact search over the few that match is faster than a structure, and sure.
+_FILTER_SHARE = 0.2
+
+
+def find(
+    rows: Rows, queries: FloatArray, k: int, where: Mapping[str, Any] | None, recall: float | None, effort: int | None
+) -> list[Found]:
+    """Return the nearest rows of each query; the arguments are those of `Index.search`, checked.
+
+    A filter makes the search exact unless a recall or an effort is asked for.
+    """
+    mask = rows.mask if where is None else rows.matching(parse(where))
+    live = rows.live if where is None else int(np.count_nonzero(mask))
+    chosen = _effort(rows, recall, effort) if where is None or recall is not None or effort is not None else None
+    structure = None if chosen is None or live < _FILTER_SHARE * rows.live else rows.structure()
+    if structure is None or chosen is None:
+        return exact.nearest(rows, mask, queries, k)
+    if where is None:
+        found = _approximate(rows, structure, queries, k, chosen, rows.covered, rows.tail)
+    else:
+        found = _approximate(rows, structure, queries, k, chosen, mask, None if rows.tail is None else mask & rows.tail)
+    short = [n for n, (best, _) in enumerate(found) if len(best) < min(k, live)]
+    for n, whole in zip(short, exact.nearest(rows, mask, queries[short], k) if short else [], strict=True):
+        found[n] = whole
+    return found
+
+
+def _effort(rows: Rows, recall: float | None, effort: int | None) -> int | None:
+    """Return the effort for the structure; None for an exact search."""
+    if rows.optimization is None or rows.optimization.file is None:
+        return None
+    return rows.optimization.effort(recall) if effort is None else effort
+
+
+def _approximate(
+    rows: Rows,
+    structure: Structure,
+    queries: FloatArray,
+    k: int,
+    effort: int,
+    mask: BoolArray | None,
+    tail: BoolArray | None,
+) -> list[Found]:
+    found = proposed(rows, structure, queries, k, effort, mask)
+    if tail is None:
+        return found
+    beside = exact.nearest(rows, tail, queries, k)
+    return [_merged(one, other, k) for one, other in zip(found, beside, strict=True)]
+
+
+def proposed(
+    rows: RowSource, structure: Structure, queries: FloatArray, k: int, effort: int, mask: BoolArray | None
+) -> list[Found]:
+    """Return for each query the best k of the rows that a structure proposes, with their exact scores."""
+    # Codes of one byte a number rank nearly as the rows themselves; product-quantised ones need more to choose from.
+    width = 10 * k if structure.kind == "ivfpq" else k + max(6, k // 4)
+    proposals = structure.search(queries, width, effort, mask)  # (q, width)
+    there = proposals >= 0
+    owners, places = np.nonzero(there)
+    flat = proposals[owners, places]
+    scores = np.full(proposals.shape, -np.inf)
+    scores[owners, places] = exact.pair_scores(rows.verified(flat), flat, queries, owners)
+    order = np.lexsort((proposals, -scores), axis=1)[:, :k]
+    best, scores = np.take_along_axis(proposals, order, 1), np.take_along_axis(scores, order, 1)
+    counts = np.minimum(there.sum(axis=1), k).tolist()
+    return [(best[n, :count], scores[n, :count]) for n, count in enumerate(counts)]
+
+
+def _merged(one: Found, other: Found, k: int) -> Found:
+    rows, scores = np.concatenate([one[0], other[0]]), np.concatenate([one[1], other[1]])
+    order = np.lexsort((rows, -scores))[:k]
+    return rows[order], scores[order]
+
+
+def hits(rows: Rows, found: list[Found]) -> list[list[Hit]]:
+    """Return the hits of each query."""
+    # Rounding may take a score a little beyond what a cosine can be.
+    lists = [(best.tolist(), np.clip(scores, -1.0, 1.0).tolist()) for best, scores in found]
+    items = rows.items({row for best, _ in lists for row in best})
+    answer = []
+    for best, scores in lists:
+        own = []
+        for row, score in zip(best, scores, strict=True):
+            item = items[row]
+            own.append(Hit(item.id, score, json.loads(item.metadata) if item.metadata != "{}" else {}))
+        answer.append(own)
+    return answer
+
+
+def checked_recall(recall: float | None, effort: int | None) -> None:
+    """Raise unless a recall and an effort can be asked for.
+
+    Raises:
+        ConfigError: the recall is not in (0, 1], the effort no whole number of at least 1, or both are given.
+    """
+    if recall is not None and effort is not None:
+        raise ConfigError("give recall or effort, not both")
+    if recall is not None and not (isinstance(recall, int | float) and 0 < recall <= 1):
+        raise ConfigError(f"recall must be a number above 0 and at most 1; got {recall!r}")
+    if effort is not None and (isinstance(effort, bool) or not isinstance(effort, int | np.integer) or effort < 1):
+        raise ConfigError(f"effort must be a whole number of at least 1; got {effort!r}")
+
+
+def checked_k(k: int) -> int:
+    """Return the number of hits as a plain int.
+
+    Raises:
+        ConfigError: it is no whole number of at least 1.
+    """
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise ConfigError(f"k must be a whole number of at least 1; got {k!r}")
+    return int(k)
