@@ -87,6 +87,33 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         page().write(tmp_path / "missing" / "report.html")
 
 
+def test_a_tile_without_a_picture_shows_the_reason_and_titles_are_escaped() -> None:
+    made = Page("x")
+    made.tiles([Tile("is <empty>", "the label", 0.5, title='a "quoted" <title>')], wrap=True)
+    collector = Collector()
+    collector.feed(made.html())
+    assert collector.open == []
+    assert "is <empty>" in collector.text
+    assert "the label" in collector.text
+    assert "img" not in {tag for tag, _ in collector.tags}
+    assert 'a "quoted" <title>' in [attributes.get("title") for _, attributes in collector.tags]
+
+
+def test_tiles_that_wrap_keep_their_queries_in_a_column_before_the_hits() -> None:
+    made = Page("x")
+    made.tiles([Tile("-", "query 1"), Tile("-", "query 2"), Tile("-", "hit", 0.5)], wrap=True)
+    before, _, after = made.html().partition('<div class="row wrap">')
+    assert ("query 1" in before, "query 2" in before, "hit" in before.partition("<body>")[2]) == (True, True, False)
+    assert "hit" in after
+
+
+def test_large_colour_pictures_become_jpeg_and_small_or_grey_ones_stay_exact() -> None:
+    made = Page("x")
+    large, small, grey = Image.new("RGB", (300, 200)), Image.new("RGB", (9, 9)), Image.new("L", (300, 200))
+    made.tiles([Tile(image, "x") for image in (large, small, grey)])
+    assert re.findall(r"data:image/(\w+);", made.html()) == ["jpeg", "png", "png"]
+
+
 def decoded(png: bytes) -> Image.Image:
     import io
 

@@ -31,6 +31,10 @@ figure { margin: 1rem 0; } figure > img { max-width: 100%; background: #fff; bor
 .cell { flex: none; width: 5.4rem; font-size: .74rem; line-height: 1.3; overflow-wrap: anywhere; }
 .cell img { width: 100%; height: 5.4rem; object-fit: contain; background: #0001; border: 3px solid transparent;
   border-radius: 4px; box-sizing: border-box; image-rendering: auto; }
+body:has(.wide) { max-width: 70rem; } .wide { margin: 1.1rem 0; } .wrap { flex-wrap: wrap; align-content: start; }
+.before { flex: none; flex-wrap: wrap; align-content: start; max-width: 14rem; }
+.missing { box-sizing: border-box; height: 5.4rem; margin: 0 0 .4rem; padding: .3rem; overflow: hidden;
+  color: var(--faint); border: 1px dashed var(--line); border-radius: 4px; font-size: .66rem; }
 .query { border-right: 1px solid var(--line); padding-right: .6rem; width: 6rem; }
 .right img { border-color: var(--right); } .wrong img { border-color: var(--wrong); }
 .right b { color: var(--right); } .wrong b { color: var(--wrong); }
@@ -45,16 +49,18 @@ class Tile:
     """A picture in a contact sheet.
 
     Attributes:
-        image: the picture.
+        image: the picture; or, where there is none, the reason, which is shown in its place.
         label: what is written below it.
         score: its similarity to the query; None for the query itself.
         correct: whether it is a right answer: drawn as a frame, a sign and a word; None if that is not known.
+        title: what is shown when the pointer rests on it.
     """
 
-    image: Image.Image
+    image: Image.Image | str
     label: str
     score: float | None = None
     correct: bool | None = None
+    title: str = ""
 
 
 class Page:
@@ -103,9 +109,16 @@ class Page:
         lines = ("<div class=row>" + "".join(map(_cell, row)) + "</div>" for row in rows)
         self._parts.append("<div class=sheet>" + "\n".join(lines) + "</div>")
 
-    def tiles(self, tiles: Sequence[Tile]) -> None:
-        """Add pictures side by side."""
-        self._parts.append('<div class="row sheet">' + "".join(map(_cell, tiles)) + "</div>")
+    def tiles(self, tiles: Sequence[Tile], *, wrap: bool = False) -> None:
+        """Add pictures side by side, queries first; those that do not fit are scrolled to, or go to further lines."""
+        if not wrap:
+            self._parts.append('<div class="row sheet">' + "".join(map(_cell, tiles)) + "</div>")
+            return
+        # Queries stand in a column of their own, so that the further lines of their hits begin below the first hit.
+        queries = "".join(_cell(tile) for tile in tiles if tile.score is None)
+        others = "".join(_cell(tile) for tile in tiles if tile.score is not None)
+        before = f'<div class="row before">{queries}</div>' if queries else ""
+        self._parts.append(f'<div class="row wide">{before}<div class="row wrap">{others}</div></div>')
 
     def html(self) -> str:
         """Return the whole document."""
@@ -130,19 +143,30 @@ def _cell(tile: Tile) -> str:
     verdict = {None: "", True: "<b>✓ right</b> ", False: "<b>✗ wrong</b> "}[tile.correct]
     score = "" if tile.score is None else f"{tile.score:.3f}<br>"
     label = html.escape(tile.label)
-    picture = f'<img src="{_data_uri(_png(tile.image))}" alt="{label}">'
-    return f'<div class="cell{kind}">{picture}<br>{verdict}{score}{label}</div>'
+    title = f' title="{html.escape(tile.title)}"' if tile.title else ""
+    if isinstance(tile.image, str):
+        picture = f"<p class=missing>{html.escape(tile.image)}</p>"
+    else:
+        picture = f'<img src="{_picture(tile.image)}" alt="{label}"><br>'
+    return f'<div class="cell{kind}"{title}>{picture}{verdict}{score}{label}</div>'
 
 
-def _png(image: Image.Image, side: int = 160) -> bytes:
-    """Return a picture as PNG of about the size that is shown; of small ones the pixels are shown as they are."""
+def _picture(image: Image.Image, side: int = 160) -> str:
+    """Return a picture of about the size that is shown, as data; of small ones the pixels are shown as they are.
+
+    A colour picture that is large enough becomes JPEG, a tenth of the bytes; everything else PNG, which is exact.
+    """
     scale = side / max(image.size)
     sampling = Image.Resampling.NEAREST if scale > 4 else Image.Resampling.BICUBIC
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    resized = image.resize(size, sampling)
     buffer = io.BytesIO()
-    image.resize(size, sampling).save(buffer, format="PNG")
-    return buffer.getvalue()
+    if image.mode == "RGB" and scale <= 1:
+        resized.save(buffer, format="JPEG", quality=85)
+        return _data_uri(buffer.getvalue(), "jpeg")
+    resized.save(buffer, format="PNG")
+    return _data_uri(buffer.getvalue())
 
 
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def _data_uri(picture: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"

@@ -1,8 +1,9 @@
 """`sync`: an index that follows a folder, with a model that is a hash and counts what it embeds."""
 
+import builtins
 import hashlib
-import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vitembed.errors import ConfigError, DataError, ImageError, ModelMismatchError, SearchIndexError
 from vitembed.index import Index, SyncReport, sync
+from vitembed.index.aside import SetAside, set_aside
+from vitembed.index.folder import Folder
+from vitembed.index.progress import Progress
+from vitembed.preprocess import Preprocess
 
 DIM = 16
 
@@ -40,14 +46,19 @@ class FakeModel:
 
     def __init__(self):
         self.embedded = []
+        self.forgiving = False
 
     def stream(self, images, *, batch_size=64, workers=None):
         for start in range(0, len(images), batch_size):
             good, vectors, failures = [], [], []
             for position in range(start, min(start + batch_size, len(images))):
-                content = Path(images[position]).read_bytes()
+                try:
+                    content = Path(images[position]).read_bytes()
+                except FileNotFoundError:
+                    failures.append((position, ImageError(str(images[position]), "does not exist")))
+                    continue
                 self.embedded.append(Path(images[position]).name)
-                if content.startswith(b"bad"):
+                if content.startswith(b"bad") and not self.forgiving:
                     failures.append((position, ImageError(str(images[position]), "is truncated")))
                 else:
                     good.append(position)
@@ -61,6 +72,22 @@ def write(path, content, age=100):
     path.write_bytes(content)
     stamp = path.stat().st_mtime - age
     os.utime(path, (stamp, stamp))
+
+
+def deny(patch, *paths):
+    """Make these files and folders unreadable, for the superuser too."""
+    real = {"open": builtins.open, "scandir": os.scandir}
+
+    def denied(name):
+        def call(path, *arguments, **options):
+            if Path(path) in paths:
+                raise PermissionError(13, "Permission denied", str(path))
+            return real[name](path, *arguments, **options)
+
+        return call
+
+    patch.setattr(builtins, "open", denied("open"))
+    patch.setattr(os, "scandir", denied("scandir"))
 
 
 @pytest.fixture
@@ -97,7 +124,7 @@ def test_new_files_are_added_once_and_left_alone_afterwards(index, model, folder
     assert sync(index, model, folder, batch_size=3) == SyncReport(added=11)
     assert_follows(index, folder)
     assert index.fingerprint == "sha256:fake"
-    monkeypatch.setattr(Path, "open", None)  # unchanged files are not even read
+    monkeypatch.setattr(hashlib, "file_digest", None)  # unchanged files are not even read
     assert sync(index, model, str(folder), batch_size=3) == SyncReport(unchanged=11)
     assert len(model.embedded) == 11
 
@@ -177,28 +204,89 @@ def test_a_file_that_cannot_be_opened_is_set_aside_and_tried_every_time(index, m
     sync(index, model, folder)
     locked = folder / "sub dir" / "3.png"
     write(locked, b"changed", age=50)
-    real = Path.open
-
-    def denied(path, *arguments):
-        if path == locked:
-            raise PermissionError(13, "Permission denied")
-        return real(path, *arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", denied)
+        deny(patch, locked)
         assert sync(index, model, folder).failed == {str(locked): "Permission denied"}
         assert "sub dir/3.png" not in index
     assert sync(index, model, folder) == SyncReport(added=1, unchanged=10)
     assert_follows(index, folder)
 
 
-def test_a_file_that_vanishes_after_the_listing_is_set_aside(index, model, folder, monkeypatch):
+def test_a_file_that_vanishes_while_the_folder_is_looked_through_counts_as_removed(index, model, folder, monkeypatch):
+    write(folder / "0.png", b"old")
     sync(index, model, folder)
-    ghost = folder / "ghost.png"
-    listed = [*folder.rglob("*.*"), ghost]
-    module = importlib.import_module("vitembed.index.sync")
-    monkeypatch.setattr(module, "list_images", lambda folder: listed)
-    assert sync(index, model, folder) == SyncReport(unchanged=11, failed={str(ghost): "No such file or directory"})
+    write(folder / "0.png", b"new and soon gone", age=50)
+    write(folder / "1.png", b"never seen again")
+    listed = Folder(folder).list()
+    for name in ("0.png", "1.png"):
+        (folder / name).unlink()
+    monkeypatch.setattr(Folder, "list", lambda self: listed)
+    assert sync(index, model, folder) == SyncReport(removed=1, unchanged=11)
+    assert set_aside(index) == []
+    assert_follows(index, folder)
+
+
+class Meddling(FakeModel):
+    """Calls something the first time that it meets a file of a certain name, before or after it reads it."""
+
+    def __init__(self, name, before=None, after=None):
+        super().__init__()
+        self.name, self.before, self.after = name, before, after
+
+    def stream(self, images, *, batch_size=64, workers=None):
+        for start in range(0, len(images), batch_size):
+            part = images[start : start + batch_size]
+            met = any(image.name == self.name for image in part)
+            if met and self.before:
+                self.before = self.before()
+            [batch] = super().stream(part, batch_size=batch_size)
+            if met and self.after:
+                self.after = self.after()
+            failures = [(position + start, error) for position, error in batch.failures]
+            yield Encoded(batch.positions + start, batch.vectors, failures)
+
+
+@pytest.mark.parametrize("age", [0, 50])  # fresh files are compared by content, others by size and time
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_file_that_changes_between_hash_and_embedding_is_not_recorded_wrongly(index, folder, moment, age):
+    target = folder / "x.png"
+    write(target, b"content 1", age=age)
+    write(folder / "y.png", b"content 1", age=60)  # waits for the vector of x.png
+
+    def change():
+        write(target, b"content 2", age=age and age - 10)
+
+    report = sync(index, Meddling("x.png", **{moment: change}), folder, batch_size=3)
+    assert report.failed == {str(target): "changed while it was read; the next sync takes it"}
+    assert report.added == 12
+    np.testing.assert_array_equal(index.get("y.png").vector, vector_of(b"content 1"))
+    # The first content comes back: nothing may have been recorded of it under the second one's vector.
+    write(target, b"content 1", age=5)
+    model = FakeModel()
+    assert sync(index, model, folder) == SyncReport(added=1, unchanged=12)
+    assert_follows(index, folder)
+
+
+def test_a_file_that_vanishes_before_it_is_embedded_is_removed_and_its_copy_still_embedded(index, model, folder):
+    target = folder / "x.png"
+    write(target, b"old")
+    sync(index, model, folder)
+    write(target, b"content 1", age=50)
+    write(folder / "y.png", b"content 1", age=60)
+    report = sync(index, Meddling("x.png", before=target.unlink), folder)
+    assert report == SyncReport(added=1, removed=1, unchanged=11)
+    assert_follows(index, folder)
+
+
+def test_a_file_that_was_away_when_it_was_to_be_embedded_is_taken_when_it_is_back(index, folder, tmp_path):
+    target = folder / "x.png"
+    write(target, b"content 1")
+    write(folder / "a.png", b"")
+    model = Meddling("x.png", before=lambda: target.rename(tmp_path / "away") and None)
+    assert sync(index, model, folder).added == 12
+    (tmp_path / "away").rename(target)  # with its old time
+    assert sync(index, FakeModel(), folder) == SyncReport(added=1, unchanged=12)
+    assert_follows(index, folder)
 
 
 def test_other_entries_are_left_alone_and_not_overwritten(index, model, folder, tmp_path):
@@ -238,18 +326,178 @@ def test_a_moved_folder_is_followed_without_embedding(index, model, folder):
     assert sync(index, model, moved) == SyncReport(unchanged=11)
 
 
-def test_names_that_cannot_be_ids_are_reported(index, model, folder):
+def test_names_that_cannot_be_ids_are_set_aside_in_printable_words_until_they_are_renamed(index, model, folder):
     write(folder / "line\nbreak.png", b"x")
-    strange = os.fsencode(folder) + b"/\xff.png"
+    expected = {f"{folder}/line\\nbreak.png": "control characters"}
+    strange = Path(os.fsdecode(os.fsencode(folder) + b"/\xff.png"))
     try:
-        Path(os.fsdecode(strange)).write_bytes(b"y")
+        write(strange, b"y")
+        write(folder / r"\xff.png", b"a good name that looks the same")
+        expected[f"{folder}/\\xff.png"] = "not valid Unicode"
     except OSError:  # some file systems take Unicode names only
         strange = None
+    for _ in range(2):
+        report = sync(index, model, folder)
+        assert report.failed.keys() == expected.keys()
+        assert all(words in report.failed[path] for path, words in expected.items())
+        assert [one.path for one in set_aside(index)] == sorted(expected)
+        assert (r"\xff.png" in index) == (strange is not None)
+    (folder / "line\nbreak.png").rename(folder / "line break.png")
+    if strange:
+        strange.rename(folder / "renamed.png")
+    assert sync(index, model, folder).failed == {}
+    assert set_aside(index) == []
+    assert_follows(index, folder)
+
+
+def test_what_is_set_aside_is_listed_for_all_folders_with_path_and_reason(index, model, folder, tmp_path):
+    assert set_aside(index) == []
+    write(folder / "bad.png", b"bad")
+    write(tmp_path / "other" / "ä\u200b.png", b"bad too")
+    write(tmp_path / "other" / "3.png", b"three")
+    sync(index, model, folder)
+    sync(index, model, tmp_path / "other")
+    bad = [
+        SetAside(str(tmp_path / "other" / "ä\u200b.png"), "is truncated"),
+        SetAside(str(folder / "bad.png"), "is truncated"),
+    ]
+    assert set_aside(index) == sorted(bad, key=lambda one: one.path)
+    write(folder / "bad.png", b"good now", age=5)
+    sync(index, model, folder)
+    assert set_aside(index) == bad[:1]
+
+
+def test_bad_files_are_tried_again_on_demand(index, model, folder):
+    write(folder / "bad.png", b"bad")
+    sync(index, model, folder)
+    assert sync(index, model, folder, retry=True).failed == {str(folder / "bad.png"): "is truncated"}
+    assert model.embedded.count("bad.png") == 2
+    model.forgiving = True  # a decoder was installed
+    assert sync(index, model, folder) == SyncReport(unchanged=11, failed={str(folder / "bad.png"): "is truncated"})
+    assert sync(index, model, folder, retry=True) == SyncReport(added=1, unchanged=11)
+    assert len(model.embedded) == 14
+    assert_follows(index, folder)
+
+
+def test_a_folder_that_cannot_be_read_keeps_its_entries_and_does_not_stop_the_others(index, model, folder, monkeypatch):
+    sync(index, model, folder)
+    write(folder / "new.png", b"new")
+    with monkeypatch.context() as patch:
+        deny(patch, folder / "sub dir")
+        for added, unchanged in ((1, 11), (0, 12)):
+            report = sync(index, model, folder)
+            assert (report.added, report.removed, report.unchanged) == (added, 0, unchanged)
+            [(path, reason)] = report.failed.items()
+            assert path == str(folder / "sub dir")
+            assert reason == "cannot be read: Permission denied; what the index holds of it stays"
+            assert set_aside(index) == [SetAside(path, reason)]
+        assert index.check() == []
+        deny(patch, folder)
+        with pytest.raises(DataError, match="cannot be read: Permission denied"):
+            sync(index, model, folder)
+    assert sync(index, model, folder) == SyncReport(unchanged=12)
+    assert set_aside(index) == []
+    assert_follows(index, folder)
+
+
+def test_a_folder_that_vanishes_while_it_is_listed_is_gone(index, model, folder, monkeypatch):
+    write(folder / "other" / "1.png", b"one")
+    sync(index, model, folder)
+    real = os.stat
+
+    def status(path, **options):
+        found = real(path, **options)
+        if str(path) == str(folder / "sub dir"):
+            (folder / "sub dir").rename(folder.parent / "moved away")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", status)
+        listing = Folder(folder).list()
+    assert listing.closed == {}
+    assert listing.names == ["other/1.png", "ä 猫.jpg"]
+    assert sync(index, model, folder).removed == 10
+
+
+def test_links_are_followed_once_loops_end_and_a_new_link_renames_nothing(index, model, folder, tmp_path):
+    write(tmp_path / "elsewhere" / "far.png", b"far")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    (folder / "sub dir" / "up").symlink_to(folder)
+    (folder / "zlink").symlink_to(tmp_path / "elsewhere")
+    (folder / "file link.png").symlink_to(folder / "sub dir" / "3.png")
+    (folder / "self.png").symlink_to(folder / "self.png")
+    (folder / "broken.png").symlink_to(folder / "nowhere.png")
     report = sync(index, model, folder)
-    assert report.added == 11
-    assert any("control characters" in reason for reason in report.failed.values())
-    assert strange is None or any("not valid Unicode" in reason for reason in report.failed.values())
-    "".join(report.failed).encode()
+    assert report.added == 13
+    assert report.embedded == 12  # the linked file is a copy of another
+    assert report.failed[str(folder / "broken.png")] == "is a link to a file that does not exist"
+    assert "symbolic link" in report.failed[str(folder / "self.png")]
+    names = set(index.ids())
+    assert {"zlink/far.png", "file link.png", "sub dir/3.png"} <= names
+    (folder / "a link that sorts first").symlink_to(folder / "sub dir")
+    assert sync(index, model, folder).unchanged == 13
+    assert set(index.ids()) == names
+
+
+def test_what_only_looks_like_an_image_file_is_set_aside_without_opening_it(index, model, folder):
+    os.mkfifo(folder / "pipe.png")  # opening it would wait for ever
+    (folder / "folder.png").mkdir()
+    (folder / ".hidden.png").write_bytes(b"hidden")
+    report = sync(index, model, folder)
+    assert report == SyncReport(added=11, failed={str(folder / "pipe.png"): "is not a regular file"})
+
+
+def test_case_and_spelling_of_names_tell_files_apart(index, model, folder):
+    names = ["A.PNG", "a.png", "a.Png", "\u00e9.png", "e\u0301.png"]
+    for number, name in enumerate(names):
+        write(folder / name, b"case %d" % number)
+    kept = {name for name in (path.name for path in folder.iterdir()) if name in names}
+    if len(kept) < len(names):
+        pytest.skip("this file system takes some of these names for the same")
+    assert sync(index, model, folder) == SyncReport(added=16)
+    assert_follows(index, folder)
+    (folder / "a.png").rename(folder / "b.png")
+    assert sync(index, model, folder) == SyncReport(added=1, removed=1, unchanged=15)
+    assert_follows(index, folder)
+
+
+def test_a_folder_within_a_synced_folder_has_entries_of_its_own(index, model, folder):
+    sync(index, model, folder)
+    assert sync(index, model, folder / "sub dir") == SyncReport(added=10)
+    assert len(model.embedded) == 11
+    assert {"3.png", "sub dir/3.png"} <= set(index.ids())
+    (folder / "sub dir" / "3.png").unlink()
+    assert sync(index, model, folder).removed == 1
+    assert "3.png" in index
+    assert sync(index, model, folder / "sub dir").removed == 1
+    assert index.check() == []
+
+
+def test_a_photo_is_embedded_the_way_its_exif_data_turn_it(index, tmp_path):
+    class Pixels(FakeModel):
+        """Embeds an image by its pixels, pre-processed as for any model."""
+
+        def stream(self, images, *, batch_size=64, workers=None):
+            pixels = np.stack([Preprocess.grey((4, 4))(image) for image in images])
+            rows = pixels.reshape(len(images), -1) / 127.5 - 1.0
+            yield Encoded(np.arange(len(images)), rows / np.linalg.norm(rows, axis=1, keepdims=True), [])
+
+    pixels = np.zeros((64, 64), np.uint8)
+    pixels[:, :16], pixels[:16] = 120, 255  # bright above, grey at the left: unlike each of its turns
+    upright = Image.fromarray(pixels)
+    photos = tmp_path / "turned"
+    photos.mkdir()
+    tag = Image.Exif()
+    tag[0x0112] = 6  # the camera lay on its side: turn by 90 degrees clockwise to see it upright
+    upright.transpose(Image.Transpose.ROTATE_90).save(photos / "tagged.jpg", exif=tag, quality=95)
+    upright.transpose(Image.Transpose.ROTATE_90).save(photos / "untagged.jpg", quality=95)
+    upright.save(photos / "upright.jpg", quality=95)
+    assert sync(index, Pixels(), photos).added == 3
+    first, second, third = index.search(index.get("upright.jpg").vector, k=3)[0]
+    assert {first.id, second.id} == {"upright.jpg", "tagged.jpg"}
+    assert third.id == "untagged.jpg"
+    assert second.score > 0.99
+    assert third.score < 0.9
 
 
 class Stopped(Exception):
@@ -345,7 +593,9 @@ def test_progress_goes_to_standard_error(index, model, folder, capsys):
     sync(index, model, folder, progress=True)
     output = capsys.readouterr()
     assert output.out == ""
-    assert "11/11" in output.err
+    assert re.fullmatch(r"sync: 11 of 11 images, [0-9,.]+ a second, 0:0\d taken\n", output.err)
+    sync(index, model, folder, progress=True)  # nothing to do, nothing to say
+    assert capsys.readouterr().err == ""
 
 
 def test_files_are_hashed_in_slices_and_all_of_them_arrive(index, model, tmp_path):
@@ -355,3 +605,42 @@ def test_files_are_hashed_in_slices_and_all_of_them_arrive(index, model, tmp_pat
         assert sync(index, model, tmp_path / "many", batch_size=1) == SyncReport(added=100)
         assert len(model.embedded) == 50
         assert_follows(index, tmp_path / "many")
+
+
+def test_large_files_end_a_slice_early(index, model, folder, monkeypatch):
+    module = sys.modules["vitembed.index.sync"]
+    monkeypatch.setattr(module, "_SLICE_BYTES", 10)
+    assert sync(index, model, folder) == SyncReport(added=11)
+    assert_follows(index, folder)
+
+
+def test_a_report_says_what_was_read_and_how_long_it_took(index, model, folder):
+    write(folder / "copy.png", b"image 3")
+    report = sync(index, model, folder)
+    assert (report.added, report.embedded) == (12, 11)
+    assert report.read == sum(path.stat().st_size for path in folder.rglob("*.*"))
+    assert report.seconds > 0
+    assert sync(index, model, folder).read == 0
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with Progress("sync", 4_000, True) as progress:
+        for seconds, images, note in ((5, 400, ""), (15, 600, "comparing 1 of 2"), (1, 0, ""), (15, 0, "")):
+            now += seconds
+            progress.advance(images, note)
+        assert capsys.readouterr().err.splitlines() == [
+            "sync: 1,000 of 4,000 images, 50.0 a second, 1:00 left, comparing 1 of 2",
+            "sync: 1,000 of 4,000 images, 27.8 a second, 1:48 left",
+        ]
+        now += 3600
+    assert capsys.readouterr().err == "sync: 1,000 of 4,000 images, 0.3 a second, 1:00:36 taken\n"
+
+
+def test_progress_on_a_terminal_is_a_bar_with_rate_and_remaining_time(index, model, folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    sync(index, model, folder, progress=True)
+    bar = capsys.readouterr().err.split("\r")[-1]
+    assert "11/11 [00:00<00:00" in bar
+    assert "images/s" in bar

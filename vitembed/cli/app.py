@@ -14,7 +14,19 @@ from typing import Annotated
 import typer
 
 from vitembed import __version__
-from vitembed.cli import evaluating, explaining, exporting, indexing, pretraining, training, verifying
+from vitembed.cli import (
+    evaluating,
+    explaining,
+    exporting,
+    indexing,
+    looking,
+    pretraining,
+    searching,
+    syncing,
+    training,
+    transferring,
+    verifying,
+)
 from vitembed.cli.demo import demo
 from vitembed.cli.doctor import doctor
 from vitembed.errors import VitembedError
@@ -55,12 +67,19 @@ app.command()(training.train)
 app.command()(pretraining.pretrain)
 app.command()(evaluating.evaluate)
 app.command()(evaluating.embed)
-app.command()(indexing.search)
+app.command()(searching.search)
+app.command()(looking.duplicates)
+app.command()(looking.cluster)
+app.command("map")(looking.map_entries)
 app.command()(verifying.calibrate)
 app.command()(verifying.verify)
 app.command()(explaining.explain)
 app.command()(exporting.export)
 app.command()(doctor)
+indexing.index_app.command()(syncing.sync)
+indexing.index_app.command()(syncing.migrate)
+indexing.index_app.command("export")(transferring.export_index)
+indexing.index_app.command("import")(transferring.import_index)
 app.add_typer(indexing.index_app, name="index")
 
 

@@ -1,5 +1,6 @@
-"""`vitembed index ...` and `vitembed search`: an index of images on disk, kept up to date and searched."""
+"""`vitembed index ...`: an index of images on disk: made, changed, optimised, checked."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,7 +8,8 @@ import typer
 
 from vitembed.cli.evaluating import expand_folders
 from vitembed.cli.models import MODEL, find_model, location_of, open_model
-from vitembed.cli.output import BatchSize, Device, Json, Workers, print_figures, print_json, print_table, warn
+from vitembed.cli.output import BatchSize, Device, Json, print_figures, print_json, print_table, warn
+from vitembed.errors import ConfigError
 
 if TYPE_CHECKING:
     from vitembed.embedder import Embedder
@@ -38,38 +40,6 @@ def create(
     embedder = open_model(model)
     with Index.create(index, embedder.dim, embedder.fingerprint, location=location_of(model)) as made:
         _print_info(made, json)
-
-
-@index_app.command()
-def sync(
-    index: IndexPath,
-    folder: Annotated[Path, typer.Argument(help="The folder of images to follow.")],
-    model: ModelPath = None,
-    batch_size: BatchSize = 64,
-    workers: Workers = None,
-    device: Device = None,
-    json: Json = False,
-) -> None:
-    """Bring an index up to date with a folder: new, changed and deleted images; bad files are set aside.
-
-    Example: vitembed index sync photos.index photos/
-    """
-    from dataclasses import asdict
-
-    from vitembed.index import Index
-    from vitembed.index import sync as sync_folder
-
-    with Index.open(index) as opened:
-        embedder = _model_of(opened, model, device)
-        report = sync_folder(opened, embedder, folder, batch_size=batch_size, progress=True, workers=workers)
-        size = len(opened)
-    for path, reason in report.failed.items():
-        warn(f"set aside: {path}: {reason}")
-    figures = {**asdict(report), "size": size}
-    if json:
-        print_json(figures)
-    else:
-        print_figures({**figures, "failed": len(report.failed)})
 
 
 @index_app.command()
@@ -104,7 +74,7 @@ def remove(
     ids: Annotated[list[str], typer.Argument(help="Ids, as a search shows them.")],
     json: Json = False,
 ) -> None:
-    """Remove entries by id; the images themselves stay where they are.
+    """Remove entries by id; the images themselves stay where they are. `compact` gives the space back.
 
     Example: vitembed index remove photos.index cats/old.jpg
     """
@@ -128,49 +98,91 @@ def info(index: IndexPath, json: Json = False) -> None:
 
 
 @index_app.command()
-def check(index: IndexPath, json: Json = False) -> int:
-    """Compare an index with its checksums; exit status 0 if all is well, 1 if not.
-
-    Example: vitembed index check photos.index
-    """
-    from vitembed.index import Index
-
-    with Index.open(index) as opened:
-        problems = opened.check()
-    if json:
-        print_json({"index": str(index), "problems": problems})
-    else:
-        for line in problems or [f"{index}: no problems"]:
-            typer.echo(line)
-    return FAULTY if problems else 0
-
-
-def search(
+def optimize(
     index: IndexPath,
-    queries: Annotated[list[Path], typer.Argument(metavar="QUERY...", help="Images to search with.")],
-    k: Annotated[int, typer.Option("-k", min=1, help="Hits for each query.")] = 10,
-    model: ModelPath = None,
-    device: Device = None,
+    recall: Annotated[
+        float, typer.Option(help="Share of the true hits that a search must find; 1 goes back to exact search.")
+    ] = 0.95,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="The most that the structure may take, such as 500MB or 2GB.")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="hnsw, ivf, ivfpq or exact; by default chosen by size, memory and measurement.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Find the images of an index that are most alike to each query.
+    """Make searches faster at a known recall, which is measured on entries kept out meanwhile.
 
-    Example: vitembed search photos.index cat.jpg -k 5
+    Call it again when many entries were added: they are searched beside the structure until then.
+
+    Example: vitembed index optimize photos.index --recall 0.98 --memory 2GB
     """
     from dataclasses import asdict
 
     from vitembed.index import Index
 
     with Index.open(index) as opened:
-        embedder = _model_of(opened, model, device)
-        found = opened.search(embedder.encode(queries), k)
+        chosen = opened.optimize(recall, None if memory is None else _bytes(memory), kind, progress=True)
     if json:
-        results = zip(queries, found, strict=True)
-        print_json([{"query": str(query), "hits": [asdict(hit) for hit in hits]} for query, hits in results])
+        print_json(asdict(chosen))
         return
-    for query, hits in zip(queries, found, strict=True):
-        typer.echo(f"{query}:" if hits else f"{query}: the index is empty")
-        print_table([("", hit.score, hit.id) for hit in hits])
+    point = chosen.point()
+    print_figures(
+        {
+            "kind": chosen.kind,
+            "entries": chosen.entries,
+            "memory (MB)": chosen.memory / 1e6,
+            "recall": point.recall if point else 1.0,
+            "ms a query": point.ms if point else chosen.exact_ms,
+            "ms a query, exact": chosen.exact_ms,
+            "seconds": chosen.seconds,
+        }
+    )
+    if len(chosen.curve) > 1:
+        typer.echo("effort, recall and ms a query, for `Index.search(..., effort=...)`:")
+        print_table([(one.effort, one.recall, one.ms) for one in chosen.curve])
+
+
+@index_app.command()
+def compact(index: IndexPath, json: Json = False) -> None:
+    """Write the vectors anew without those of removed and replaced entries; run `optimize` again afterwards.
+
+    Example: vitembed index compact photos.index
+    """
+    from vitembed.index import Index
+
+    with Index.open(index) as opened:
+        lost = opened.optimization is not None
+        dropped = opened.compact()
+        if lost and opened.optimization is None:
+            warn(f"searches are exact again until you run: vitembed index optimize {index}")
+    figures = {"index": str(index), "dropped": dropped}
+    print_json(figures) if json else print_figures(figures)
+
+
+@index_app.command()
+def check(
+    index: IndexPath,
+    repair: Annotated[bool, typer.Option("--repair", help="Make again what can be made again.")] = False,
+    json: Json = False,
+) -> int:
+    """Compare an index with its checksums; exit status 0 if all is well (or repaired), 1 if not.
+
+    Example: vitembed index check photos.index --repair
+    """
+    from vitembed.index import Index
+
+    with Index.open(index) as opened:
+        problems = opened.check()
+        left = opened.check(repair=True) if repair and problems else problems
+    if json:
+        print_json({"index": str(index), "problems": left, "repaired": [line for line in problems if line not in left]})
+    else:
+        for line in problems:
+            typer.echo(line if line in left else f"repaired: {line}")
+        if not problems:
+            typer.echo(f"{index}: no problems")
+    return FAULTY if left else 0
 
 
 def _model_of(index: "Index", folder: str | None, device: str | None) -> "Embedder":
@@ -185,13 +197,31 @@ def _model_of(index: "Index", folder: str | None, device: str | None) -> "Embedd
     return embedder
 
 
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def _bytes(text: str) -> int:
+    """Return a size such as 500MB in bytes.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"{text!r} is not a size; write it as 500MB or 2GB")
+    return int(float(match[1]) * _UNITS[(match[2] or "B").upper()])
+
+
 def _print_info(index: "Index", json: bool) -> None:
+    chosen = index.optimization
     figures = {
         "index": str(index.path),
         "size": len(index),
         "dim": index.dim,
         "model": index.location,
         "fingerprint": index.fingerprint,
+        "stored as": index.dtype,
+        "searched by": chosen.kind if chosen else "exact",
     }
     if json:
         print_json(figures)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain, pairwise
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -51,7 +52,7 @@ SPARE = 22
 _WIDER = 16
 
 # Pairs scored at a time: the product stays in the processor's cache.
-_PAIRS = 256
+_PAIRS = 128
 
 
 class RowSource(Protocol):
@@ -100,7 +101,7 @@ def nearest(source: RowSource, mask: BoolArray, queries: FloatArray, k: int) -> 
     live = int(np.count_nonzero(mask))
     if live <= max(FEW_ROWS, k):
         rows = np.flatnonzero(mask)
-        return [_best(rows, score(source, rows, query), k) for query in queries]
+        return [best(rows, score(source, rows, query), k) for query in queries]
     if len(queries) <= FEW_QUERIES:
         return [_Scan(source, mask, query).nearest(k) for query in queries]
     return _nearest_by_products(source, mask, queries, k, live)
@@ -121,11 +122,13 @@ def score(source: RowSource, rows: RowArray, query: FloatArray) -> ScoreArray:
 def pair_scores(vectors: StoredArray, rows: RowArray, queries: FloatArray, owners: RowArray) -> ScoreArray:
     """Return the float64 inner products (p,) of the rows (p,) with the queries (p,) that they belong to."""
     scores = np.empty(len(rows), np.float64)
-    for start in range(0, len(rows), _PAIRS):
-        part = slice(start, start + _PAIRS)
-        products = vectors[rows[part]].astype(np.float64)  # (p, dim)
-        products *= queries[owners[part]]
-        scores[part] = products.sum(axis=1)  # pairwise along each row: the same order for every pair
+
+    def fill(chunk: int) -> None:
+        part = slice(chunk * _PAIRS, (chunk + 1) * _PAIRS)
+        products = np.multiply(vectors[rows[part]], queries[owners[part]], dtype=np.float64)  # (p, dim)
+        products.sum(axis=1, out=scores[part])  # pairwise along each row: the same order for every pair
+
+    in_parallel(fill, range(-(-len(rows) // _PAIRS)))
     return scores
 
 
@@ -138,7 +141,8 @@ def rounding(dim: int) -> float:
     return 1.01 * (dim + 1) * 2.0**-24
 
 
-def _best(rows: RowArray, scores: ScoreArray, k: int) -> Found:
+def best(rows: RowArray, scores: ScoreArray, k: int) -> Found:
+    """Return the k rows of highest score, best first, ties in row order."""
     order = np.lexsort((rows, -scores))[:k]
     return rows[order], scores[order]
 
@@ -176,7 +180,7 @@ class _Scan:
         numbers = [
             n for n in range(-(-len(self.mask) // CODE_ROWS)) if self.mask[n * CODE_ROWS : (n + 1) * CODE_ROWS].any()
         ]
-        blocks = _in_parallel(lambda number: self._rough(number, k + SPARE), numbers)
+        blocks = in_parallel(lambda number: self._rough(number, k + SPARE), numbers)
         rows = np.concatenate([block.rows for block in blocks])
         rough = np.concatenate([block.rough for block in blocks])
         bounds = np.repeat([block.bound for block in blocks], [len(block.rows) for block in blocks])
@@ -187,23 +191,23 @@ class _Scan:
         floor = float(np.partition(scores[first], -k)[-k])
         more = np.flatnonzero((rough + bounds >= floor) & np.isneginf(scores))
         scores[more] = score(self.source, rows[more], self.query)
-        rows, scores = _best(rows, scores, k)
+        rows, scores = best(rows, scores, k)
         for block in blocks:
             if block.rest + block.bound >= scores[-1]:
                 fresh = self._above(block, float(scores[-1]))
                 fresh = fresh[~np.isin(fresh, rows)]
                 both = np.concatenate([scores, score(self.source, fresh, self.query)])
-                rows, scores = _best(np.concatenate([rows, fresh]), both, k)
+                rows, scores = best(np.concatenate([rows, fresh]), both, k)
         return rows, scores
 
     def within(self, floor: float) -> Found:
         """Return all rows that score at least `floor`."""
         numbers = range(-(-len(self.mask) // CODE_ROWS))
-        found = _in_parallel(lambda number: self._above(self._rough(number, SPARE), floor), numbers)
+        found = in_parallel(lambda number: self._above(self._rough(number, SPARE), floor), numbers)
         rows = np.concatenate([np.empty(0, np.int64), *found])
         scores = score(self.source, rows, self.query)
         near = scores >= floor
-        return _best(rows[near], scores[near], len(rows))
+        return best(rows[near], scores[near], len(rows))
 
     def _above(self, block: _Candidates, floor: float) -> RowArray:
         """Return the rows of a block that may score `floor` or more."""
@@ -330,11 +334,15 @@ def as_floats(vectors: StoredArray) -> FloatArray:
 # Threads
 
 
-def _in_parallel(work: Callable[[int], _T], numbers: Sequence[int]) -> list[_T]:
+def in_parallel(work: Callable[[int], _T], numbers: Sequence[int]) -> list[_T]:
     """Return the results of some work for each number; FAISS and numpy let other threads run meanwhile."""
-    if len(numbers) < 2 * _threads():
+    parts = 2 * _threads()
+    if len(numbers) < parts:
         return [work(number) for number in numbers]
-    return list(_pool(os.getpid()).map(work, numbers))
+    cuts = [len(numbers) * part // parts for part in range(parts + 1)]
+    shares = [numbers[start:stop] for start, stop in pairwise(cuts)]
+    done = _pool(os.getpid()).map(lambda share: [work(number) for number in share], shares)
+    return list(chain.from_iterable(done))
 
 
 def _threads() -> int:

@@ -5,6 +5,7 @@ item.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ Metadata = dict[str, Any]
 UNIT_TOLERANCE = 1e-3
 
 MAX_ID_BYTES = 1_024
+
+# How deep the lists and mappings of metadata may be nested: less than what Python can read back at any call depth.
+MAX_NESTING = 100
 
 
 def checked_ids(ids: Iterable[str], distinct: bool = True) -> list[str]:
@@ -80,10 +84,22 @@ def checked_metadata(metadata: Sequence[Metadata | None] | None, names: list[str
         try:
             text = json.dumps(value or {}, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
             text.encode()
+            _require_shallow(text)
         except (TypeError, ValueError, RecursionError) as error:
             raise DataError(f"the metadata of {name!r} cannot be written as JSON: {error}") from error
         texts.append(text)
     return texts
+
+
+def _require_shallow(text: str) -> None:
+    if text.count("[") + text.count("{") <= MAX_NESTING:
+        return
+    depth = deepest = 0
+    for character in re.sub(r'"(?:[^"\\]|\\.)*"', "", text):
+        depth += (character in "[{") - (character in "]}")
+        deepest = max(deepest, depth)
+    if deepest > MAX_NESTING:
+        raise ValueError(f"it is nested {deepest} deep; {MAX_NESTING} is the most")
 
 
 def checked_vectors(
@@ -123,15 +139,15 @@ def checked_vectors(
 
 
 def _require_unit(rows: FloatArray, names: Sequence[str] | None) -> None:
-    finite = np.asarray(np.isfinite(rows).all(axis=1))  # (n, dim) -> (n,)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # a row that is not finite has no finite length
         lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-        bad = np.flatnonzero(~finite | (np.abs(lengths - 1.0) > UNIT_TOLERANCE))
+        good = np.abs(lengths - 1.0) <= UNIT_TOLERANCE
+    bad = np.flatnonzero(~good)
     if not len(bad):
         return
     first = int(bad[0])
     name = f"row {first}" if names is None else f"the row of {names[first]!r}"
-    if not finite[first]:
+    if not np.isfinite(rows[first]).all():
         raise VectorError(f"vectors must be finite; {name} holds NaN or infinite numbers")
     raise VectorError(
         f"vectors must have unit length; {name} has length {lengths[first]:.4g}. "

@@ -6,7 +6,7 @@ from vitembed.index.inputs import Metadata
 from vitembed.index.vectors import FloatArray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Hit:
     """One result of a search.
 

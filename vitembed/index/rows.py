@@ -5,7 +5,7 @@ its metadata) stays known; a later state adds rows and takes some out of the mas
 and nothing that was read is used before it was compared with its checksum.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +85,7 @@ class Rows:
         self.dim = int(catalog.meta("dim") or 0)
         self.vectors = VectorFile(folder / name, self.dim, str(catalog.meta("dtype")))
         self.codes = CodeFile((folder / name).with_suffix(".codes"), self.dim)
-        self._columns = Columns(lambda start, stop: ((i.row, i.metadata) for i in catalog.items_between(start, stop)))
+        self._columns = Columns(self._metadata)
         self.generation = -1
         self.forget()
 
@@ -257,6 +257,12 @@ class Rows:
         """Return which live rows match a filter, (rows,) bool."""
         self._columns.require(wanted.keys(), len(self.mask))
         return self.mask & wanted.rows(self._columns)
+
+    def _metadata(self, start: int, stop: int) -> Iterator[tuple[int, str]]:
+        items = self._catalog.items_between(start, stop)
+        if [item.row for item in items] != (np.flatnonzero(self.mask[start:stop]) + start).tolist():
+            raise self._damaged(f"of rows {start} to {stop - 1} others live than have an entry")
+        return ((item.row, item.metadata) for item in items)
 
     def _damaged(self, what: str) -> SearchIndexError:
         return SearchIndexError(

@@ -11,6 +11,7 @@ from vitembed.index import exact
 from vitembed.index.blocks import BoolArray
 from vitembed.index.exact import Found, RowSource
 from vitembed.index.filters import parse
+from vitembed.index.inputs import Metadata
 from vitembed.index.results import Hit
 from vitembed.index.rows import Rows
 from vitembed.index.structure import Structure
@@ -76,31 +77,29 @@ def proposed(
     there = proposals >= 0
     owners, places = np.nonzero(there)
     flat = proposals[owners, places]
-    scores = np.full(proposals.shape, -np.inf)
-    scores[owners, places] = exact.pair_scores(rows.verified(flat), flat, queries, owners)
-    order = np.lexsort((proposals, -scores), axis=1)[:, :k]
-    best, scores = np.take_along_axis(proposals, order, 1), np.take_along_axis(scores, order, 1)
-    counts = np.minimum(there.sum(axis=1), k).tolist()
-    return [(best[n, :count], scores[n, :count]) for n, count in enumerate(counts)]
+    scores = exact.pair_scores(rows.verified(flat), flat, queries, owners)
+    cuts = np.cumsum(there.sum(axis=1))[:-1]
+    return [exact.best(*one, k) for one in zip(np.split(flat, cuts), np.split(scores, cuts), strict=True)]
 
 
 def _merged(one: Found, other: Found, k: int) -> Found:
-    rows, scores = np.concatenate([one[0], other[0]]), np.concatenate([one[1], other[1]])
-    order = np.lexsort((rows, -scores))[:k]
-    return rows[order], scores[order]
+    return exact.best(np.concatenate([one[0], other[0]]), np.concatenate([one[1], other[1]]), k)
 
 
 def hits(rows: Rows, found: list[Found]) -> list[list[Hit]]:
     """Return the hits of each query."""
     # Rounding may take a score a little beyond what a cosine can be.
     lists = [(best.tolist(), np.clip(scores, -1.0, 1.0).tolist()) for best, scores in found]
-    items = rows.items({row for best, _ in lists for row in best})
+    items = list(rows.items({row for best, _ in lists for row in best}).values())
+    named = {item.row: (item.id, data) for item, data in zip(items, parsed([i.metadata for i in items]), strict=True)}
+    seen: set[int] = set()
     answer = []
     for best, scores in lists:
         own = []
         for row, score in zip(best, scores, strict=True):
-            item = items[row]
-            own.append(Hit(item.id, score, json.loads(item.metadata) if item.metadata != "{}" else {}))
+            name, data = named[row]
+            own.append(Hit(name, score, json.loads(json.dumps(data)) if row in seen else data))
+        seen.update(best)  # no two hits share a mapping, which a caller may change
         answer.append(own)
     return answer
 
@@ -128,3 +127,11 @@ def checked_k(k: int) -> int:
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
         raise ConfigError(f"k must be a whole number of at least 1; got {k!r}")
     return int(k)
+
+
+def parsed(texts: list[str]) -> list[Metadata]:
+    """Return the mappings that JSON texts stand for: read as one, which is several times faster than one by one."""
+    if all(text == "{}" for text in texts):
+        return [{} for _ in texts]
+    mappings: list[Metadata] = json.loads(f"[{','.join(texts)}]")
+    return mappings

@@ -2,76 +2,42 @@
 
 An image's id is its POSIX path below the folder. The catalog records of every file the size, the time of its last
 change and a hash of its content: a file whose size and time are the same is not read, one whose content is the same is
-not embedded, and a content that the index holds under another id (a copy, a renamed file) lends its vector. Every batch
-is committed with the records of its files, so that a killed run loses one batch at most and the next one goes on from
-there.
+not embedded, and a content that the index holds under another id (a copy, a renamed file) lends its vector.
+
+Every batch is committed, with the records of its files, before the next one is embedded. So a killed run loses the one
+batch that was being embedded, `batch_size` images at most, and the hashes of at most one slice of files; the next run
+goes on from there.
 
 Files that cannot be used are set aside: recorded with the reason, out of the index, and tried again when they change.
+A file that changes while it is embedded is set aside, too, and taken by the next run: what the catalog says of a
+content is true of the vector beside it.
 """
 
-import hashlib
 import os
-import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from vitembed.errors import ConfigError, DataError, ImageError, ModelMismatchError, SearchIndexError
-from vitembed.images import list_images
-from vitembed.index.catalog import FileRecord
+from vitembed.errors import ConfigError, ModelMismatchError
+from vitembed.index.aside import NO_ID
+from vitembed.index.files import FileRecord
+from vitembed.index.folder import Folder, Listing, shown, unchanged
 from vitembed.index.index import Index
 from vitembed.index.inputs import id_problem
+from vitembed.index.lock import alone
+from vitembed.index.model import Batch, Model
+from vitembed.index.progress import Progress
 from vitembed.index.vectors import FloatArray
 
-# Batches that are hashed before they are embedded: enough to keep the decoding workers of one stream busy, few enough
-# that the files are still in the system's cache when they are decoded.
+# A slice of files is hashed before it is embedded: batches enough to keep the decoding workers of one stream busy, and
+# few enough, in bytes too, that the files are still in the system's cache when they are decoded.
 _SLICE_BATCHES = 16
+_SLICE_BYTES = 1 << 29
 
-# A file that changed this recently (ns) may change again without its time showing it, on coarse clocks.
-_TOO_FRESH = 2_000_000_000
-
-
-class Batch(Protocol):
-    """What `Model.stream` yields; see `vitembed.embedder.EncodedBatch`."""
-
-    @property
-    def positions(self) -> npt.NDArray[np.int64]:
-        """Positions (b,) of the embedded images in the input."""
-        ...
-
-    @property
-    def vectors(self) -> FloatArray:
-        """Their embeddings (b, dim), rows of unit length."""
-        ...
-
-    @property
-    def failures(self) -> list[tuple[int, ImageError]]:
-        """Positions and reasons of those that could not be read."""
-        ...
-
-
-class Model(Protocol):
-    """What embeds images; an `vitembed.Embedder` is one."""
-
-    @property
-    def dim(self) -> int:
-        """Width of the embeddings."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """What tells this model from every other."""
-        ...
-
-    def stream(self, images: Sequence[Any], *, batch_size: int = 64, workers: int | None = None) -> Iterator[Batch]:
-        """Embed images lazily, in order."""
-        ...
+_CHANGED = "changed while it was read; the next sync takes it"
 
 
 @dataclass(frozen=True)
@@ -82,10 +48,12 @@ class SyncReport:
         added: files that were not in the index.
         updated: files whose content had changed.
         removed: entries whose file is gone.
-        unchanged: files that were left as they were.
-        failed: files that are not in the index, and why: path -> reason. Those that failed before and did not change
-        are
-            listed too.
+        unchanged: files that were left as they were; those below a folder that cannot be read count among them.
+        failed: files that are not in the index, and folders that cannot be read, and why: path -> reason. Those that
+            failed before and did not change are listed too.
+        embedded: contents that the model embedded; fewer than were added where some are copies.
+        read: bytes of the files that were read to be compared; like the time, it does not count when reports are.
+        seconds: that it took.
     """
 
     added: int = 0
@@ -93,6 +61,9 @@ class SyncReport:
     removed: int = 0
     unchanged: int = 0
     failed: dict[str, str] = field(default_factory=dict)
+    embedded: int = field(default=0, compare=False)
+    read: int = field(default=0, compare=False)
+    seconds: float = field(default=0.0, compare=False)
 
 
 def sync(
@@ -103,6 +74,7 @@ def sync(
     batch_size: int = 64,
     progress: bool = False,
     workers: int | None = None,
+    retry: bool = False,
 ) -> SyncReport:
     """Make an index hold the images of a folder: new, changed and removed files, and no others of this folder.
 
@@ -110,80 +82,93 @@ def sync(
     metadata of an entry become `{"path": absolute path}`.
 
     Args:
-        index: an open index. Where it has no model's fingerprint yet, this model's is recorded.
-        model: makes the embeddings.
-        folder: searched with its subfolders, see `vitembed.images.list_images`.
+        index: the index; it takes over the model's fingerprint if it has none.
+        model: what embeds the images.
+        folder: the folder of images, searched as `vitembed.index.folder` says.
         batch_size: images embedded, and committed, together.
-        progress: show a bar on standard error.
-        workers: processes that decode images, see `Embedder.stream`.
+        progress: show how far it is on standard error.
+        workers: threads that decode images, see `Embedder.stream`.
+        retry: try the files that were set aside again, although they did not change.
 
     Raises:
+        ConfigError: `batch_size` is less than 1.
         DataError: the folder is missing or holds no images at all (an empty one is taken for a mistake, such as a disk
             that is not mounted, and not for the wish to remove everything).
         ModelMismatchError: the index was built with another model.
         SearchIndexError: another process writes to the index or synchronises it.
     """
+    started = time.perf_counter()
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1; got {batch_size}")
-    root = Path(folder).resolve()
-    if _shown(root) != str(root):
-        raise DataError(f"the name of the folder {_shown(root)!r} is not valid Unicode; rename it")
-    paths = list_images(root)
-    with _alone(index.path):
+    files = Folder(folder)
+    listing = files.list()
+    with alone(index.path):
         _agree(index, model)
-        run = _Run(index, model, root, batch_size, workers)
-        todo = run.plan(paths)
-        with _bar(len(todo), progress) as bar:
-            for start in range(0, len(todo), batch_size * _SLICE_BATCHES):
-                for done in run.take(todo[start : start + batch_size * _SLICE_BATCHES]):
-                    bar.update(done)
+        run = _Run(index, model, files, batch_size, workers, retry)
+        todo = run.plan(listing)
+        with Progress("sync", len(todo), progress) as bar:
+            for part in _slices(todo, batch_size * _SLICE_BATCHES):
+                run.take(part, bar)
         run.remove_gone()
-    return run.report()
+    return run.report(time.perf_counter() - started)
 
 
 class _Run:
     """One call of `sync`: what is known of the folder's files, and the counts."""
 
-    def __init__(self, index: Index, model: Model, root: Path, batch_size: int, workers: int | None) -> None:
-        self.index, self.model, self.root = index, model, root
-        self.batch_size, self.workers = batch_size, workers
-        self.known = index.catalog.files(str(root))  # id -> record
+    def __init__(
+        self, index: Index, model: Model, folder: Folder, batch_size: int, workers: int | None, retry: bool
+    ) -> None:
+        self.index, self.model, self.folder = index, model, folder
+        self.batch_size, self.workers, self.retry = batch_size, workers, retry
+        self.known = index.catalog.file_records.of(folder.root)  # id -> record
         self.gone = dict(self.known)
-        self.added = self.updated = self.removed = self.unchanged = 0
+        self.added = self.updated = self.removed = self.unchanged = self.embedded = self.read = 0
         self.failed: dict[str, str] = {}
 
-    def plan(self, paths: list[Path]) -> list[FileRecord]:
-        """Return the files that must be read, as records without a digest."""
-        todo = []
-        owners = self._foreign([path.relative_to(self.root).as_posix() for path in paths])
-        for path in paths:
-            name = path.relative_to(self.root).as_posix()
-            known = self.gone.pop(name, None)
-            problem = id_problem(name) or owners.get(name)
-            if problem:
-                self.failed[_shown(path)] = f"its name below the folder is its id, which {problem}"
+    def plan(self, listing: Listing) -> list[FileRecord]:
+        """Return the files that must be read, as records without a digest; set aside what cannot be."""
+        todo, aside = [], []
+        problems = self._problems([name for name in listing.names if self._live(name) is None])
+        for name in listing.names:
+            found = problems.get(name) or self.folder.look(name)
+            if found is None:
+                continue  # it stays among the gone
+            if isinstance(found, str):
+                aside.append(self._aside(name, found))
                 continue
-            found = self._look(path, name)
-            if found and known and _unchanged(known, found):
+            known = self.gone.pop(name, None)
+            if known and unchanged(known, found) and not (self.retry and known.reason):
                 self._keep(known)
-            elif found:
+            else:
                 todo.append(found)
+        for name, reason in listing.closed.items():
+            aside.append(self._aside(name, f"{reason}; what the index holds of it stays"))
+            self._keep_below(name)
+        self._commit([], aside)
         return todo
 
-    def take(self, files: list[FileRecord]) -> Iterator[int]:
-        """Bring one slice of files into the index, batch by batch; yield how many files each batch settled."""
-        hashed = [file for file in map(self._hashed, files) if file]
-        yield len(files) - len(hashed)
-        same = [file for file in hashed if self._is_known(file)]
-        self._commit([], [replace(file, reason=self.known[file.id].reason) for file in same])
-        yield len(same)
-        settled = {file.id for file in same}
+    def take(self, files: Sequence[FileRecord], progress: Progress) -> None:
+        """Bring one slice of files into the index, batch by batch."""
         copies: dict[str, list[FileRecord]] = {}  # content -> the files that hold it
-        for file in hashed:
-            if file.id not in settled:
-                copies.setdefault(str(file.digest), []).append(file)
-        yield from self._lend(copies)
-        yield from self._embed(list(copies.values()))
+        records = []
+        for number, file in enumerate(files, 1):
+            found = self.folder.read(file.id)
+            settled = not isinstance(found, FileRecord) or self._is_known(found)
+            if isinstance(found, FileRecord):
+                self.read += found.size
+                if settled:
+                    self._keep(self.known[found.id])
+                    records.append(replace(found, reason=self.known[found.id].reason))
+                else:
+                    copies.setdefault(str(found.digest), []).append(found)
+            else:
+                records += self._lost(file, found)
+            progress.advance(int(settled), f"comparing {number:,} of {len(files):,}")
+        self._commit([], records)
+        progress.advance(self._lend(copies))
+        for done in self._embed(list(copies.values())):
+            progress.advance(done)
 
     def remove_gone(self) -> None:
         """Remove the entries and records of files that are no longer there."""
@@ -192,33 +177,33 @@ class _Run:
         present = [name for name, record in self.gone.items() if record.reason is None]
         with self.index.transaction():
             self.removed += self.index.remove(present, missing_ok=True)
-            self.index.catalog.forget_files(str(self.root), self.gone)
+            self.index.catalog.file_records.forget(self.folder.root, self.gone)
 
-    def report(self) -> SyncReport:
+    def report(self, seconds: float) -> SyncReport:
         """Return the counts."""
-        return SyncReport(self.added, self.updated, self.removed, self.unchanged, dict(sorted(self.failed.items())))
+        return SyncReport(
+            added=self.added,
+            updated=self.updated,
+            removed=self.removed,
+            unchanged=self.unchanged,
+            failed=dict(sorted(self.failed.items())),
+            embedded=self.embedded,
+            read=self.read,
+            seconds=seconds,
+        )
 
-    def _foreign(self, names: list[str]) -> dict[str, str]:
-        """Return those ids that the index holds for something else than this folder's files, and for what."""
-        new = [name for name in names if not id_problem(name) and self._live(name) is None]
-        taken = self.index.catalog.find(new)
-        owners = self.index.catalog.owners(taken)
-        foreign = {}
+    def _problems(self, names: Sequence[str]) -> dict[str, str]:
+        """Return those of these names that cannot be ids, or are the ids of something else, and why."""
+        problems = {name: problem for name in names if (problem := id_problem(name))}
+        taken = self.index.catalog.find([name for name in names if name not in problems])
+        owners = self.index.catalog.file_records.owners(taken)
         for name in taken:
             if name not in owners:
-                foreign[name] = "is in the index already and was not added by sync"
-            elif (Path(owners[name].root) / name).exists():
-                foreign[name] = f"is in the index already for a file in {owners[name].root}"
-        return foreign  # an owner that is gone has moved here with its folder, and hands its id over
-
-    def _look(self, path: Path, name: str) -> FileRecord | None:
-        try:
-            status = path.stat()
-        except OSError as error:
-            self._set_aside(FileRecord(str(self.root), name, 0, 0, None), error.strerror or str(error))
-            return None
-        fresh = time.time_ns() - status.st_mtime_ns < _TOO_FRESH
-        return FileRecord(str(self.root), name, status.st_size, 0 if fresh else status.st_mtime_ns, None)
+                problems[name] = "is in the index already and was not added by sync"
+            elif Path(owners[name].root, name).exists():
+                problems[name] = f"is in the index already for a file in {owners[name].root}"
+            # An owner that is gone has moved here with its folder, and hands its id over.
+        return {name: f"its name below the folder is its id, which {problem}" for name, problem in problems.items()}
 
     def _live(self, name: str) -> FileRecord | None:
         known = self.known.get(name)
@@ -228,89 +213,117 @@ class _Run:
         if known.reason is None:
             self.unchanged += 1
         else:
-            self.failed[str(self.root / known.id)] = known.reason
+            self.failed[self._shown(known.id)] = known.reason
 
-    def _hashed(self, file: FileRecord) -> FileRecord | None:
-        """Return the record with the hash of the file's content, or set the file aside and return None."""
-        try:
-            with (self.root / file.id).open("rb") as stream:
-                return replace(file, digest=hashlib.file_digest(stream, "sha256").hexdigest())
-        except OSError as error:
-            self._set_aside(file, error.strerror or str(error))
-            return None
+    def _keep_below(self, folder: str) -> None:
+        """Leave what is known of the files of a folder that cannot be read."""
+        for name in [name for name in self.gone if name.startswith(f"{folder}/")]:
+            self._keep(self.gone.pop(name))
 
     def _is_known(self, file: FileRecord) -> bool:
-        """Count a file that was only touched: its content is the one that was recorded."""
+        """Tell whether a file was only touched: its content is the one that was recorded."""
         known = self.known.get(file.id)
-        if known is None or known.digest != file.digest:
-            return False
-        self._keep(known)
-        return True
+        return known is not None and known.digest == file.digest and not (self.retry and known.reason)
 
-    def _lend(self, copies: dict[str, list[FileRecord]]) -> Iterator[int]:
+    def _aside(self, name: str, reason: str) -> FileRecord:
+        """Return the record of a file that could not be read; the next run looks at it again."""
+        if id_problem(name):
+            name = NO_ID + shown(name)
+        self.gone.pop(name, None)
+        return FileRecord(self.folder.root, name, 0, 0, None, reason)
+
+    def _lost(self, file: FileRecord, reason: str | None) -> list[FileRecord]:
+        """Return the record of a file that could be looked at and not read; none, when it went away meanwhile."""
+        if reason is not None:
+            return [self._aside(file.id, reason)]
+        if file.id in self.known:
+            self.gone[file.id] = self.known[file.id]
+        return []
+
+    def _lend(self, copies: dict[str, list[FileRecord]]) -> int:
         """Give files whose content the index holds already that content's vector; take them out of `copies`."""
-        # All vectors are fetched before any is committed: of two files that swapped contents, each lends to the other.
-        entries = [
-            (file, self.index.get(owner.id).vector)
-            for digest, owner in self.index.catalog.copies(copies).items()
-            for file in copies.pop(digest)
-        ]
-        self._commit(entries, [])
-        yield len(entries)
+        if not self.index.catalog.file_records.copies(copies):
+            return 0
+        # All vectors are fetched before any is replaced: of two files that swapped contents, each lends to the other.
+        # In one transaction, so that no other process removes the lender in between.
+        with self.index.transaction():
+            owners = self.index.catalog.file_records.copies(copies)
+            vectors = {digest: self.index.get(owner.id).vector for digest, owner in owners.items()}
+            entries = [(file, vector) for digest, vector in vectors.items() for file in copies.pop(digest)]
+            self._commit(entries, [])
+        return len(entries)
 
     def _embed(self, groups: list[list[FileRecord]]) -> Iterator[int]:
-        """Embed the first file of each group of equal files, and commit whole groups."""
-        if not groups:
-            return
-        paths = [self.root / group[0].id for group in groups]
-        for batch in self.model.stream(paths, batch_size=self.batch_size, workers=self.workers):
-            entries = [
-                (file, vector)
-                for position, vector in zip(batch.positions.tolist(), batch.vectors, strict=True)
-                for file in groups[position]
-            ]
-            aside = [
-                replace(file, reason=error.reason) for position, error in batch.failures for file in groups[position]
-            ]
-            self._commit(entries, aside)
-            yield len(entries) + len(aside)
-
-    def _set_aside(self, file: FileRecord, reason: str) -> None:
-        self._commit([], [replace(file, reason=reason)])
+        """Embed one file of each group of equal files and commit the group; yield how many files each batch settled."""
+        while groups:
+            again: list[list[FileRecord]] = []
+            paths = [Path(self.folder.path(group[0].id)) for group in groups]
+            for batch in self.model.stream(paths, batch_size=self.batch_size, workers=self.workers):
+                entries: list[tuple[FileRecord, FloatArray]] = []
+                records: list[FileRecord] = []
+                spoilt = 0
+                for position, result in _results(batch):
+                    first, *others = group = groups[position]
+                    # What the model met must be what was hashed. A failure is rare, and worth a closer look.
+                    if not self.folder.still(first, thorough=isinstance(result, str)):
+                        spoilt += 1
+                        records += self._lost(first, None if self.folder.look(first.id) is None else _CHANGED)
+                        again += [others] if others else []
+                    elif isinstance(result, str):
+                        records += [replace(file, reason=result) for file in group]
+                    else:
+                        entries += [(file, result) for file in group]
+                        self.embedded += 1
+                self._commit(entries, records)
+                yield len(entries) + spoilt + sum(record.reason != _CHANGED for record in records)
+            groups = again
 
     def _commit(self, entries: list[tuple[FileRecord, FloatArray]], records: list[FileRecord]) -> None:
         """In one transaction: add or replace entries, record files, and remove what is recorded as set aside."""
+        self.failed |= {self._shown(record.id): record.reason for record in records if record.reason is not None}
+        records = [record for record in records if self.known.get(record.id) != record]
         if not entries and not records:
             return
         files = [file for file, _ in entries]
-        aside = [record for record in records if record.reason is not None]
+        aside = [record.id for record in records if record.reason is not None]
         with self.index.transaction():
             if entries:
-                metadata = [{"path": str(self.root / file.id)} for file in files]
+                metadata = [{"path": self.folder.path(file.id)} for file in files]
                 self.index.add([file.id for file in files], np.stack([vector for _, vector in entries]), metadata)
-            self.index.remove([record.id for record in aside if self._live(record.id)], missing_ok=True)
-            self.index.catalog.put_files([*files, *records])
-        for file in files:
-            self.added, self.updated = (
-                (self.added, self.updated + 1) if self._live(file.id) else (self.added + 1, self.updated)
-            )
-        self.failed |= {str(self.root / record.id): str(record.reason) for record in aside}
+            self.index.remove([name for name in aside if self._live(name)], missing_ok=True)
+            self.index.catalog.file_records.put([*files, *records])
+        updated = sum(self._live(file.id) is not None for file in files)
+        self.updated += updated
+        self.added += len(files) - updated
+
+    def _shown(self, name: str) -> str:
+        return shown(self.folder.path(name.removeprefix(NO_ID)))
 
 
-def _shown(path: Path) -> str:
-    """Return a path as text that can be printed and stored, whatever bytes its name is made of."""
-    return str(path).encode("utf-8", "replace").decode()
+def _results(batch: Batch) -> Iterator[tuple[int, FloatArray | str]]:
+    """Yield what came of each image of a batch: its vector, or why it could not be read."""
+    yield from zip(batch.positions.tolist(), batch.vectors, strict=True)
+    yield from ((position, error.reason) for position, error in batch.failures)
 
 
-def _unchanged(known: FileRecord, found: FileRecord) -> bool:
-    """Tell whether a file is, by its size and time, the one that was read before."""
-    times = known.mtime_ns == found.mtime_ns != 0
-    return known.digest is not None and known.size == found.size and times
+def _slices(files: list[FileRecord], longest: int) -> Iterator[list[FileRecord]]:
+    """Cut a list of files where a part has as many files, or bytes, as are hashed at a time."""
+    part: list[FileRecord] = []
+    size = 0
+    for file in files:
+        part.append(file)
+        size += file.size
+        if len(part) == longest or size >= _SLICE_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 def _agree(index: Index, model: Model) -> None:
     """Raise unless index and model fit; record the model where none is."""
-    index.require_model(model.fingerprint)
+    fingerprint = model.fingerprint
+    index.require_model(fingerprint)
     if model.dim != index.dim:
         raise ModelMismatchError(
             f"{index.path} holds vectors of {index.dim} numbers and this model makes {model.dim}; "
@@ -318,30 +331,4 @@ def _agree(index: Index, model: Model) -> None:
         )
     if index.fingerprint is None:
         with index.transaction():
-            index.catalog.set_meta("fingerprint", model.fingerprint)
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Raise when another process is in this block for the same index.
-
-    The lock is SQLite's on a file of its own: it works on every system, and ends with the process that holds it.
-    """
-    try:
-        connection = sqlite3.connect(path / "sync.lock", timeout=0, isolation_level=None)
-    except sqlite3.Error as error:
-        raise SearchIndexError(f"{path / 'sync.lock'}: cannot write ({error}); check its permissions") from error
-    with closing(connection):
-        try:
-            connection.execute("BEGIN EXCLUSIVE")
-        except sqlite3.Error as error:
-            raise SearchIndexError(f"another process is synchronising {path}; wait for it or stop it") from error
-        yield
-
-
-@contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit=" images", desc="sync", disable=not shown) as bar:
-        yield bar
+            index.catalog.set_meta("fingerprint", fingerprint)

@@ -1,0 +1,131 @@
+"""`vitembed duplicates`, `cluster` and `map`: an index as a whole, in groups and as a picture."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vitembed.cli.indexing import IndexPath
+from vitembed.cli.output import Json, Seed, print_figures, print_json, print_table, warn
+
+if TYPE_CHECKING:
+    from vitembed.gallery import Row
+
+SHOWN = 10  # members of a cluster that are printed
+
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the pictures too, as one HTML file.")]
+
+
+def duplicates(
+    index: IndexPath,
+    score: Annotated[
+        float, typer.Option(min=-1, max=1, help="The lowest score that links two images; 1 is the same.")
+    ] = 0.95,
+    html: Html = None,
+    json: Json = False,
+) -> None:
+    """Find the groups of images that are nearly the same: connected by pairs at or above a score.
+
+    Example: vitembed duplicates photos.index --html duplicates.html
+    """
+    from dataclasses import asdict
+
+    from vitembed.files import atomic_path
+    from vitembed.gallery import group_rows
+    from vitembed.index import Index
+    from vitembed.index.groups import near_duplicates
+
+    with Index.open(index) as opened, atomic_path(html) if html else nullcontext() as page:
+        groups = near_duplicates(opened, score, progress=True)
+        if page:
+            note = f"Entries that are connected by pairs of score {score:g} or more; scores are to the first one."
+            _write(page, group_rows(groups), f"Near-duplicates in {index.name}", note)
+    if json:
+        print_json({"score": score, "groups": [asdict(group) for group in groups]})
+        return
+    for group in groups:
+        typer.echo(f"{len(group.members)} alike, lowest linked score {group.weakest:.4f}:")
+        marks = ["*" if hit.id == group.representative else "" for hit in group.members]
+        print_table([("", hit.score, hit.id, mark) for hit, mark in zip(group.members, marks, strict=True)])
+    members = sum(len(group.members) for group in groups)
+    typer.echo(f"{len(groups)} groups, {members} entries; scores are to the one with *" if groups else "no duplicates")
+
+
+def cluster(
+    index: IndexPath,
+    clusters: Annotated[
+        int | None, typer.Option(min=1, help="How many; chosen by the silhouette if not given.")
+    ] = None,
+    html: Html = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Divide an index into clusters of images that are alike.
+
+    Example: vitembed cluster photos.index --clusters 12 --html clusters.html
+    """
+    from dataclasses import asdict
+
+    from vitembed.files import atomic_path
+    from vitembed.gallery import cluster_rows
+    from vitembed.index import Index
+    from vitembed.index.groups import cluster as cluster_index
+
+    with Index.open(index) as opened, atomic_path(html) if html else nullcontext() as page:
+        found = cluster_index(opened, clusters, seed)
+        if page:
+            _write(
+                page, cluster_rows(found), f"Clusters of {index.name}", "The nearest to each centre, with their scores."
+            )
+    if json:
+        members = [
+            {"medoid": one.medoid, "size": len(one.members), "members": [asdict(hit) for hit in one.members]}
+            for one in found.clusters
+        ]
+        print_json({"silhouette": found.silhouette, "clusters": members})
+        return
+    for number, one in enumerate(found.clusters, 1):
+        typer.echo(f"cluster {number}, {len(one.members)} entries:")
+        print_table([("", hit.score, hit.id) for hit in one.members[:SHOWN]])
+        if len(one.members) > SHOWN:
+            typer.echo(f"  and {len(one.members) - SHOWN} more")
+    if found.silhouette is not None:
+        typer.echo(f"{len(found.clusters)} clusters, mean silhouette {found.silhouette:.4f}")
+
+
+def map_entries(
+    index: IndexPath,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The HTML file to write.")],
+    method: Annotated[str, typer.Option(help="tsne, pca, or umap (pip install 'vitembed[map]').")] = "tsne",
+    label: Annotated[str | None, typer.Option(metavar="KEY", help="Colour by this key of the metadata.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Entries; of more a sample is drawn.")] = 5_000,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Draw an index as a map: alike images lie together, and show themselves under the pointer.
+
+    Example: vitembed map photos.index --out map.html --label category
+    """
+    from dataclasses import asdict
+
+    from vitembed.embedding_map import map_index
+    from vitembed.index import Index
+
+    with Index.open(index) as opened:
+        report = map_index(opened, out, method, limit, seed, label)
+    figures = {"map": str(out), **asdict(report)}
+    if json:
+        print_json(figures)
+    else:
+        print_figures(figures)
+
+
+def _write(page: Path, rows: "Sequence[Row]", title: str, note: str) -> None:
+    """Write a contact sheet, and say how many of its pictures are missing."""
+    from vitembed.gallery import contact_sheet
+
+    missing = contact_sheet(page, rows, title, note=note)
+    if missing:
+        warn(f"{missing} picture{'s' if missing > 1 else ''} could not be shown; the page says why")
