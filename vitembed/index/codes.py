@@ -2,8 +2,8 @@
 
 Every `CODE_ROWS` rows that have filled up are coded together, each dimension by its own step: x ~ step * code, with
 codes in [-127, 127]. The codes are a cache: they choose which rows are looked at, never what a row scores. With each
-block goes its slack, the largest distance |x - step * code| among its rows, which bounds by how much an inner product
-with the codes can be off (Cauchy-Schwarz), and so makes the choice provably complete (see `vitembed.index.exact`).
+block goes its slack, the largest distance |x - step * code| among its rows, and the largest |code|: they bound by how
+much an inner product with the codes can be off, and so make the choice provably complete (see `vitembed.index.exact`).
 
 A block lies in the file as its steps (dim float32) and then its codes (CODE_ROWS x dim uint8, offset by 128, as FAISS's
 QT_8bit_direct_signed has them).
@@ -34,11 +34,13 @@ class CodeRecord:
         number: the block begins at row `number * CODE_ROWS`.
         checksum: CRC-32 of its bytes in the file.
         slack: the largest distance of a row from its code.
+        norm: the largest length of a code.
     """
 
     number: int
     checksum: int
     slack: float
+    norm: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,26 +48,29 @@ class CodedRows:
     """A block of coded rows.
 
     Attributes:
-        steps: (dim,) float32, the step of each dimension.
+        steps: (dim,) float32, the step of each dimension; 0 where all rows are 0.
         codes: (CODE_ROWS, dim) uint8, offset by 128.
-        slack: the largest distance of a row from its code.
+        slack: the largest distance of a row from its code, |x - steps * code|.
+        norm: the largest length of a code, |code|.
     """
 
     steps: FloatArray
     codes: Bytes
     slack: float
+    norm: float
 
 
 def encode(vectors: StoredArray) -> CodedRows:
     """Code rows (n, dim)."""
     rows = vectors.astype(np.float32)
     steps = np.abs(rows).max(axis=0) / np.float32(_LARGEST)
-    steps[steps < np.finfo(np.float32).tiny] = 1.0  # a dimension of zeros has the code 0
-    codes = np.clip(np.rint(rows / steps), -_LARGEST, _LARGEST)
+    steps[steps < np.finfo(np.float32).tiny] = 0.0  # a dimension of zeros has the code 0
+    codes = np.clip(np.rint(rows / np.where(steps > 0, steps, 1)), -_LARGEST, _LARGEST)
     rows -= codes * steps
     slack = float(np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64).max()))
+    norm = float(np.sqrt(np.einsum("nd,nd->n", codes, codes, dtype=np.float64).max()))
     # Room for the rounding of the differences just taken.
-    return CodedRows(steps, (codes + _OFFSET).astype(np.uint8), slack * (1 + 1e-5) + 1e-6)
+    return CodedRows(steps, (codes + _OFFSET).astype(np.uint8), slack * (1 + 1e-5) + 1e-6, norm)
 
 
 class CodeFile(MappedFile):
@@ -92,7 +97,7 @@ class CodeFile(MappedFile):
             self.path.touch()
         data = np.concatenate([rows.steps.astype("<f4").view(np.uint8), rows.codes.reshape(-1)])
         self.write(number * self._stride, data, truncate=False)
-        return CodeRecord(number, zlib.crc32(data.data), rows.slack)
+        return CodeRecord(number, zlib.crc32(data.data), rows.slack, rows.norm)
 
     def get(self, record: CodeRecord, verified: bool) -> CodedRows | None:
         """Return a block, mapped; None if it is not what was written.
@@ -110,4 +115,6 @@ class CodeFile(MappedFile):
         data = self.mapped(self.size())[start:stop]
         if not verified and zlib.crc32(data.data) != record.checksum:
             return None
-        return CodedRows(data[: self._steps].view("<f4"), data[self._steps :].reshape(self._shape), record.slack)
+        return CodedRows(
+            data[: self._steps].view("<f4"), data[self._steps :].reshape(self._shape), record.slack, record.norm
+        )

@@ -8,8 +8,8 @@ come in row order; and the result is provably exact, because each rough score co
 
 - float32: rounding, see `rounding`.
 - codes: let x = step * code + r with |r| <= slack, and q * step = t * m + e with whole numbers m, all of them in one
-  byte. Then q.x - t (m.code) = (e / step).(step * code) + q.r, and so by Cauchy-Schwarz
-  |q.x - t (m.code)| <= |e / step| (1 + slack) + slack.
+  byte. Then q.x - t (m.code) = e.code + q.r, and by Cauchy-Schwarz |q.r| <= slack, and |e.code| is at most |e| |code|,
+  and, since e.code = (e / step).(step * code), at most |e / step| (1 + slack). The smaller one counts.
 
 A row that was left out can only matter when its rough score is within the bound of the k-th best score: where a block
 cannot rule that out, more of its rows are looked at.
@@ -249,10 +249,12 @@ def _scan_codes(
     scaled = query * coded.steps
     step = float(np.abs(scaled).max()) / 127 or 1.0
     whole = np.rint(scaled / np.float32(step))
-    left = np.linalg.norm((scaled.astype(np.float64) - step * whole.astype(np.float64)) / coded.steps)
+    left = scaled.astype(np.float64) - step * whole.astype(np.float64)
+    used = coded.steps > 0
+    off = min(np.linalg.norm(left[used] / coded.steps[used]) * (1 + coded.slack), np.linalg.norm(left) * coded.norm)
     products, positions = kernels.scan_codes(coded.codes, whole, width, None if alive == len(mask) else mask)
     # The sums are of whole numbers, but in float32 they may round when there are many.
-    bound = float(left) * (1 + coded.slack) + coded.slack + 2 * rounding(len(query))
+    bound = float(off) + coded.slack + 2 * rounding(len(query))
     return products.astype(np.float64) * step, positions, bound
 
 

@@ -74,6 +74,7 @@ class Structure:
             index.cp.min_points_per_centroid = 1  # FAISS would print a warning about small indices
         if kind == "ivfpq":
             index.pq.cp.min_points_per_centroid = 1
+            index.do_polysemous_training = False  # for a kind of search that is not used here
         index.train(sample)
         return cls(index, kind)
 
