@@ -554,6 +554,12 @@ def test_check_finds_what_was_changed_behind_its_back(filled, sql, message):
     assert any(message in problem for problem in problems), problems
 
 
+def test_an_id_that_was_changed_behind_its_back_is_not_listed(filled):
+    edit(filled, "UPDATE items SET id = 'another' WHERE id = 'id1'")
+    with Index.open(filled) as index, pytest.raises(SearchIndexError, match="entry of row 1 does not match"):
+        index.ids()
+
+
 def test_an_entry_that_was_deleted_behind_the_bitmap_is_an_error_and_not_a_short_answer(filled):
     edit(filled, "DELETE FROM items WHERE id = 'id1'")
     with Index.open(filled) as index:

@@ -192,3 +192,9 @@ def test_an_index_that_is_rewritten_meanwhile_refuses_the_structure(index, monke
 def test_a_graph_is_not_asked_for_more_than_it_can_say(index):
     index.optimize(0.9, kind="hnsw")
     assert len(index.search(QUERIES[0], 500)[0]) == 500
+
+
+def test_a_recall_of_one_is_exact_whatever_was_measured(index):
+    chosen = index.optimize(0.5, kind="ivf")
+    assert chosen.effort(1.0) is None
+    assert recall(index, set(range(2_500)), recall=1.0) == 1.0

@@ -118,3 +118,10 @@ def test_missing_codes_are_made_again_and_do_not_matter_meanwhile(index):
         assert len(again.check()) == 4
         assert again.check(repair=True) == []
         assert again.search(unit(1, 5), 10) == hits
+
+
+def test_an_index_cannot_be_rewritten_from_itself(index):
+    before = content(index)
+    with pytest.raises(SearchIndexError, match="cannot be read while it is rewritten"):
+        index.rewrite(index.stream(), DIM)
+    assert content(index) == before

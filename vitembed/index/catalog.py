@@ -234,7 +234,7 @@ class Catalog:
 
     def ids(self) -> list[str]:
         """Return all ids by row."""
-        ids = [str(row[0]) for row in self._db.rows("SELECT id FROM items ORDER BY row")]
+        ids = [item.id for item in self._items("row >= ?", 0)]
         if len(ids) != self.live():
             raise self._db.damaged(f"{self.live()} rows live and {len(ids)} have an id")
         return ids

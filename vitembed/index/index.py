@@ -4,6 +4,9 @@ An index is a directory. `catalog.sqlite` is the truth (see `vitembed.index.cata
 (see `vitembed.index.vectors`); `vectors-*.codes` (see `vitembed.index.codes`) and `structure-*.faiss` (see
 `vitembed.index.structure`) are caches that searches are faster with and that can be made again.
 
+Nothing in the folder is to be deleted by hand: without its log, `catalog.sqlite-wal`, the catalog is that of an earlier
+commit, and nothing tells.
+
 What this module owns is who sees what: a change is one transaction, and a search, from the list of live rows to the
 metadata of its hits, sees one committed state.
 """
@@ -66,6 +69,8 @@ class Index:
         self.catalog = Catalog(self.path / NAME)  # for the other modules of this package
         self._rows: Rows | None = None
         self._stale: list[Path] = []  # files that the change being made has replaced
+        self._fresh: list[Path] = []  # files that it has made
+        self._rewriting = False
         try:
             with self.snapshot():
                 pass
@@ -221,7 +226,7 @@ class Index:
             size: rows looked at for one batch, at least 1; removed ones count, so that batches may be smaller.
 
         Raises:
-            SearchIndexError: what had to be read is damaged.
+            SearchIndexError: what had to be read is damaged, or the index was compacted or rewritten meanwhile.
         """
         if size < 1:
             raise ConfigError(f"size must be at least 1; got {size}")
@@ -264,17 +269,20 @@ class Index:
             SearchIndexError: another process is writing, or the index lies where it cannot be written.
         """
         with self._open():
-            stale = len(self._stale)
+            stale, fresh = len(self._stale), len(self._fresh)
             try:
                 with self.catalog.writing():
                     yield
             except BaseException:
-                del self._stale[stale:]
                 self._forget()  # what was seen of the change is undone, and its row numbers will be used again
+                for path in self._fresh[fresh:]:
+                    changes.discard(path)
+                del self._stale[stale:], self._fresh[fresh:]
                 raise
             if not self.catalog.in_change:
-                while self._stale:
-                    changes.discard(self._stale.pop())
+                for path in self._stale:
+                    changes.discard(path)
+                self._stale, self._fresh = [], []
 
     def add(
         self,
@@ -336,7 +344,8 @@ class Index:
         Within `transaction` other records can be changed along. The structure goes: call `optimize` afterwards.
 
         Args:
-            records: the new entries in batches, in order; ids, vectors (n, dim) and metadata as in `add`.
+            records: the new entries in batches, in order; ids, vectors (n, dim) and metadata as in `add`. They must not
+                be read from this index meanwhile.
             dim: the new width.
             fingerprint: of the model that made the vectors.
             location: where that model is kept.
@@ -373,7 +382,13 @@ class Index:
             old = [rows.vectors.path, rows.codes.path]
             if rows.optimization and rows.optimization.file:
                 old.append(self.path / rows.optimization.file)
-            changes.rewrite(self.catalog, self.path, {**settings, "vectors": name}, batches)
+            new = self.path / name
+            self._fresh += [new, new.with_suffix(".codes")]
+            self._rewriting = True
+            try:
+                changes.rewrite(self.catalog, self.path, {**settings, "vectors": name}, batches)
+            finally:
+                self._rewriting = False
             sync_folder(self.path)
             self._stale += old
 
@@ -432,6 +447,7 @@ class Index:
                 self._stale.append(self.path / rows.optimization.file)
             if structure is not None:
                 file = f"structure-{secrets.token_hex(4)}.faiss"
+                self._fresh.append(self.path / file)
                 chosen = replace(chosen, file=file, checksum=structure.save(self.path / file))
             self.catalog.set_meta("structure", chosen.to_json())
         return chosen
@@ -529,9 +545,17 @@ class Index:
             with self.snapshot() as rows:
                 rows.unverify()
                 problems += checking.lasting_problems(self.catalog, rows)
-                problems += checking.cache_problems(rows)
+            return problems + self._cache_problems()
         except SearchIndexError as error:
-            problems.append(str(error))
+            return [*problems, str(error)]
+
+    def _cache_problems(self) -> list[str]:
+        for _ in range(_ATTEMPTS):
+            with self.snapshot() as rows:
+                problems, state = list(checking.cache_problems(rows)), self.catalog.state()
+            with self.snapshot():
+                if not problems or self.catalog.state() == state:
+                    break  # otherwise another process may have replaced the files after the snapshot began
         return problems
 
     # What this process keeps of the catalog
@@ -541,6 +565,10 @@ class Index:
         with self._mutex:
             if self._closed:
                 raise SearchIndexError(f"{self.path} is closed; open it again with Index.open")
+            if self._rewriting:
+                raise SearchIndexError(
+                    f"{self.path} cannot be read while it is rewritten; make a list of its records first"
+                )
             yield
 
     @contextmanager

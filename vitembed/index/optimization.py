@@ -55,8 +55,13 @@ class Optimization:
     checksum: int = 0
 
     def effort(self, recall: float | None = None) -> int | None:
-        """Return the least effort that reached a recall, by default the target; None if none did."""
+        """Return the least effort that reached a recall, by default the target; None if none did.
+
+        None has reached a recall of 1, whatever was measured: other queries may miss.
+        """
         wanted = self.target if recall is None else recall
+        if wanted >= 1:
+            return None
         return next((point.effort for point in self.curve if point.recall >= wanted), None)
 
     def point(self) -> Point | None:
