@@ -7,46 +7,37 @@ An index is a directory. `catalog.sqlite` is the truth (see `vitembed.index.cata
 Nothing in the folder is to be deleted by hand: without its log, `catalog.sqlite-wal`, the catalog is that of an earlier
 commit, and nothing tells.
 
-What this module owns is who sees what: a change is one transaction, and a search, from the list of live rows to the
-metadata of its hits, sees one committed state.
+A change is one transaction; see `vitembed.index.changes` for the order of writes in it.
 """
 
-import json
 import os
 import secrets
 import shutil
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from vitembed.errors import ConfigError, DataError, ModelMismatchError, SearchIndexError, VectorError
-from vitembed.index import changes, checking, exact, searching
+from vitembed.errors import ConfigError, DataError, SearchIndexError, VectorError
+from vitembed.index import changes, checking, searching
 from vitembed.index.catalog import NAME, Catalog
 from vitembed.index.changes import Entries
-from vitembed.index.filters import parse
 from vitembed.index.inputs import Metadata, checked_ids, checked_metadata, checked_vectors
-from vitembed.index.mapped import VanishedError
 from vitembed.index.optimization import Optimization
 from vitembed.index.optimize import Optimizer, Wanted, unchanged
-from vitembed.index.results import Hit, Record, Records
-from vitembed.index.rows import Rows
+from vitembed.index.reading import ATTEMPTS, IndexReader, unknown_ids
+from vitembed.index.results import Records
 from vitembed.index.structure import Structure, require_kind
 from vitembed.index.vectors import DTYPES, sync_folder
 
 _MAX_DIM = 65_536
 
-# How often a reader tries again that meets an index being rewritten.
-_ATTEMPTS = 5
 
-
-class Index:
+class Index(IndexReader):
     """A searchable collection of unit vectors under string ids, in a directory.
 
     There is no `save`: every change is committed, durably, when the call that makes it returns, and other processes
@@ -61,22 +52,9 @@ class Index:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._mutex = threading.RLock()
-        self._closed = False
-        if not self.path.is_dir():
-            raise SearchIndexError(f"{self.path} is not an index: there is no such folder; use Index.create")
-        self.catalog = Catalog(self.path / NAME)  # for the other modules of this package
-        self._rows: Rows | None = None
+        super().__init__(path)
         self._stale: list[Path] = []  # files that the change being made has replaced
         self._fresh: list[Path] = []  # files that it has made
-        self._rewriting = False
-        try:
-            with self.snapshot():
-                pass
-        except BaseException:
-            self.close()
-            raise
 
     @classmethod
     def create(
@@ -136,130 +114,7 @@ class Index:
         """
         return cls(path)
 
-    def close(self) -> None:
-        """Close the index; closing twice does nothing."""
-        with self._mutex:
-            if not self._closed:
-                self._closed = True
-                if self._rows is not None:
-                    self._rows.close()
-                self.catalog.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{len(self)} vectors of {self.dim}"
-        return f"Index({str(self.path)!r}, {state})"
-
-    # What is in it
-
-    @property
-    def dim(self) -> int:
-        """Width of the vectors."""
-        with self.snapshot() as rows:
-            return rows.dim
-
-    @property
-    def fingerprint(self) -> str | None:
-        """Fingerprint of the model that made the vectors; None when it was never recorded."""
-        with self._open():
-            return self.catalog.meta("fingerprint")
-
-    @property
-    def location(self) -> str | None:
-        """Where the model that made the vectors is kept; None when it was never recorded."""
-        with self._open():
-            return self.catalog.meta("location")
-
-    @property
-    def dtype(self) -> str:
-        """What vectors are stored as, "float32" or "float16"."""
-        with self._open():
-            return str(self.catalog.meta("dtype"))
-
-    @property
-    def optimization(self) -> Optimization | None:
-        """How the index searches, as `optimize` chose it; None, and then searches are exact, when it never did."""
-        with self.snapshot() as rows:
-            return rows.optimization
-
-    def __len__(self) -> int:
-        with self._open():
-            return self.catalog.live()
-
-    def __contains__(self, name: object) -> bool:
-        with self._open():
-            return isinstance(name, str) and name in self.catalog.find([name])
-
-    def ids(self) -> list[str]:
-        """Return all ids, in the order in which they were last added."""
-        with self._open(), self.catalog.reading():
-            return self.catalog.ids()
-
-    def get(self, name: str) -> Record:
-        """Return the entry of an id.
-
-        Raises:
-            DataError: the id is not in the index.
-            SearchIndexError: the entry or its block of vectors is damaged.
-        """
-        with self.snapshot() as rows:
-            item = self.catalog.find(checked_ids([name])).get(name)
-            if item is None:
-                raise _unknown([name])
-            only = np.array([item.row])
-            return Record(item.id, exact.as_floats(rows.verified(only)[only])[0], json.loads(item.metadata))
-
-    def stream(self, size: int = 4_096) -> Iterator[Records]:
-        """Yield all entries in batches, in the order in which they were last added.
-
-        What is added after the first batch does not come; what is removed before its batch does not either. An id comes
-        at most once.
-
-        Args:
-            size: rows looked at for one batch, at least 1; removed ones count, so that batches may be smaller.
-
-        Raises:
-            SearchIndexError: what had to be read is damaged, or the index was compacted or rewritten meanwhile.
-        """
-        if size < 1:
-            raise ConfigError(f"size must be at least 1; got {size}")
-        with self.snapshot() as rows:
-            stop, name = len(rows.mask), rows.name
-        for start in range(0, stop, size):
-            with self.snapshot() as rows:
-                if rows.name != name:
-                    raise SearchIndexError(f"{self.path} was rewritten while it was read; begin again")
-                live = np.flatnonzero(rows.mask[start : min(start + size, stop)]) + start
-                items = rows.items(live.tolist()).values()
-                batch = Records(
-                    [item.id for item in items],
-                    exact.as_floats(rows.verified(live)[live]),
-                    [json.loads(item.metadata) for item in items],
-                )
-            if len(batch):
-                yield batch
-
-    def require_model(self, fingerprint: str) -> None:
-        """Raise unless the vectors were made by the model with this fingerprint, or by one that was never recorded.
-
-        Raises:
-            ModelMismatchError: they were made by another model.
-        """
-        recorded = self.fingerprint
-        if recorded is not None and recorded != fingerprint:
-            raise ModelMismatchError(
-                f"{self.path} holds embeddings of the model {recorded}, not of {fingerprint}; "
-                "use the model it was built with, or build a new index"
-            )
-
-    # Changing it
+    # Entries
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -332,7 +187,7 @@ class Index:
             found = self.catalog.find(names)
             missing = [name for name in names if name not in found]
             if missing and not missing_ok:
-                raise _unknown(missing)
+                raise unknown_ids(missing)
             changes.drop(self.catalog, list(found.values()))
         return len(found)
 
@@ -452,68 +307,6 @@ class Index:
             self.catalog.set_meta("structure", chosen.to_json())
         return chosen
 
-    # Searching it
-
-    def search(
-        self,
-        vectors: npt.ArrayLike,
-        k: int = 10,
-        where: Mapping[str, Any] | None = None,
-        recall: float | None = None,
-        effort: int | None = None,
-    ) -> list[list[Hit]]:
-        """Return the k entries most alike to each query.
-
-        The search is exact, unless `optimize` built a structure. Then it is as good as was asked for there, but for
-        searches with a filter, which are exact; `recall` and `effort` change that for one call.
-
-        Args:
-            vectors: (n, dim) or (dim,) finite numbers of unit length.
-            k: how many hits; where fewer entries match, there are fewer, and never otherwise.
-            where: only entries whose metadata match, as `vitembed.index.filters` describes; all when None.
-            recall: the share of the true hits to find, in (0, 1]; 1 for an exact search. The least effort that was
-                measured to reach it is taken, exact search if none was.
-            effort: how much of the structure to look at: HNSW's efSearch, or the number of lists.
-
-        Returns:
-            For each query its hits, best first; equal scores in the order of insertion. A single vector gives a list of
-            one list.
-
-        Raises:
-            VectorError: the vectors are not as above.
-            ConfigError: `k`, `where`, `recall` or `effort` is not as above.
-            SearchIndexError: what had to be read is damaged.
-        """
-        with self.snapshot() as rows:
-            queries = checked_vectors(vectors, rows.dim, single=True)
-            searching.checked_recall(recall, effort)
-            return searching.hits(rows, searching.find(rows, queries, searching.checked_k(k), where, recall, effort))
-
-    def search_within(
-        self, vectors: npt.ArrayLike, score: float, where: Mapping[str, Any] | None = None
-    ) -> list[list[Hit]]:
-        """Return all entries that are at least this alike to each query, exactly.
-
-        Args:
-            vectors: (n, dim) or (dim,) finite numbers of unit length.
-            score: the lowest cosine that counts, in [-1, 1].
-            where: as in `search`.
-
-        Returns:
-            For each query its hits, best first; equal scores in the order of insertion.
-
-        Raises:
-            VectorError: the vectors are not as above.
-            ConfigError: `score` is no number in that range, or `where` is not as in `search`.
-            SearchIndexError: what had to be read is damaged.
-        """
-        if isinstance(score, bool) or not isinstance(score, int | float | np.number) or not -1 <= score <= 1:
-            raise ConfigError(f"score must be a number from -1 to 1; got {score!r}")
-        with self.snapshot() as rows:
-            queries = checked_vectors(vectors, rows.dim, single=True)
-            mask = rows.mask if where is None else rows.matching(parse(where))
-            return searching.hits(rows, exact.within(rows, mask, queries, float(score)))
-
     # Checking it
 
     def check(self, repair: bool = False) -> list[str]:
@@ -550,58 +343,13 @@ class Index:
             return [*problems, str(error)]
 
     def _cache_problems(self) -> list[str]:
-        for _ in range(_ATTEMPTS):
+        for _ in range(ATTEMPTS):
             with self.snapshot() as rows:
                 problems, state = list(checking.cache_problems(rows)), self.catalog.state()
             with self.snapshot():
                 if not problems or self.catalog.state() == state:
                     break  # otherwise another process may have replaced the files after the snapshot began
         return problems
-
-    # What this process keeps of the catalog
-
-    @contextmanager
-    def _open(self) -> Iterator[None]:
-        with self._mutex:
-            if self._closed:
-                raise SearchIndexError(f"{self.path} is closed; open it again with Index.open")
-            if self._rewriting:
-                raise SearchIndexError(
-                    f"{self.path} cannot be read while it is rewritten; make a list of its records first"
-                )
-            yield
-
-    @contextmanager
-    def snapshot(self) -> Iterator[Rows]:
-        """Within the block everything that is read belongs to one committed state; for the modules of this package."""
-        with self._open():
-            for attempt in range(_ATTEMPTS):
-                with self.catalog.reading():
-                    try:
-                        rows = self._refreshed()
-                    except VanishedError:
-                        # Between the start of this state and now another process has rewritten the index.
-                        if attempt == _ATTEMPTS - 1 or self.catalog.in_change:
-                            raise
-                        continue
-                    yield rows
-                    return
-
-    def _refreshed(self) -> Rows:
-        generation, name = self.catalog.state()
-        if self._rows is None or self._rows.name != name:
-            self._forget()
-            self._rows = Rows(self.path, self.catalog, name)
-        if self._rows.generation != generation:
-            self._rows.update(generation)
-            if self.catalog.in_change:
-                self._rows.generation = generation - 1  # more may change before this one ends
-        return self._rows
-
-    def _forget(self) -> None:
-        if self._rows is not None:
-            self._rows.close()
-            self._rows = None
 
 
 def _vector_name(dtype: str) -> str:
@@ -617,8 +365,3 @@ def _checked(records: Iterable[Records], dim: int) -> Iterator[Entries]:
             raise DataError(f"ids must be different; {again!r} comes twice")
         seen.update(names)
         yield Entries(names, checked_vectors(batch.vectors, dim, names), checked_metadata(batch.metadata, names))
-
-
-def _unknown(names: list[str]) -> DataError:
-    shown = ", ".join(repr(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
-    return DataError(f"not in the index: {shown} ({len(names)} in all); see Index.ids()")
