@@ -71,7 +71,7 @@ class Source:
 
 
 def print_line(name: str, figure: str, bar: str = "") -> None:
-    print(f"{name:<46}{figure:<44}{bar}", flush=True)
+    print(f"{name:<46} {figure:<44} {bar}".rstrip(), flush=True)
 
 
 class Queries:
@@ -173,7 +173,8 @@ def removing(index: Index, random: np.random.Generator) -> None:
     names = index.ids()
     seconds = []
     for _ in range(3):
-        chosen = [names.pop(int(place)) for place in random.integers(0, len(names) - 1_000, 1_000)]
+        count = min(1_000, len(names) // 10)
+        chosen = [names.pop(int(place)) for place in random.integers(0, len(names) - count, count)]
         began = time.perf_counter()
         index.remove(chosen)
         seconds.append(time.perf_counter() - began)

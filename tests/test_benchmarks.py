@@ -135,3 +135,17 @@ def test_parity_has_two_rows_a_family(monkeypatch: pytest.MonkeyPatch, capsys: p
     lines = capsys.readouterr().out.splitlines()
     for case in cases:
         assert [line.split()[-3] for line in lines if line.startswith(f"{case.family} ")] == list(map(str, case.sizes))
+
+
+def test_the_index_benchmark_compares_every_kind_of_search(script: Script, tmp_path: Path) -> None:
+    lines = script("index.py", "--rows", 1_500, "--dim", 16, "--kinds", "ivf", "--folder", tmp_path)
+    text = [" ".join(words) for words in lines]
+    assert any(line.startswith("the same ten ids as IndexFlatIP 200 of 200 singly, 200 in a batch") for line in text)
+    assert sum("right 50 of 50" in line for line in text) == 3
+    assert [line.split(",")[1] for line in text if line.startswith("ivf,")] == [
+        " single",
+        " single",
+        " batch",
+        " batch",
+    ]
+    assert text[-1].endswith("0 problems")

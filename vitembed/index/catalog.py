@@ -18,8 +18,9 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -67,8 +68,7 @@ OLD = "old_items"
 _SETTINGS = ("dim", "dtype", "vectors", "fingerprint", "location", "structure", "generation")
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """A live row: its number, id and metadata (JSON text)."""
 
     row: int
@@ -269,10 +269,13 @@ class Catalog:
 
     def _items(self, where: str, *values: int | str, table: str = "items") -> list[Item]:
         found = self._db.rows(f"SELECT row, id, metadata, seal FROM {table} WHERE {where} ORDER BY row", values)
-        for row, name, metadata, mark in found:
-            if mark != _item_seal(row, name, metadata):
-                raise self._db.damaged(f"the entry of row {row} does not match its checksum")
-        return [Item(row, name, metadata) for row, name, metadata, _ in found]
+        items = [
+            Item(row, name, metadata) for row, name, metadata, mark in found if mark == _item_seal(row, name, metadata)
+        ]
+        if len(items) < len(found):
+            row = next(row for row, name, metadata, mark in found if mark != _item_seal(row, name, metadata))
+            raise self._db.damaged(f"the entry of row {row} does not match its checksum")
+        return items
 
     def insert_items(self, items: Sequence[Item]) -> None:
         """Insert new items; their ids must be free."""

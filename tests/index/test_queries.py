@@ -1,0 +1,44 @@
+"""Queries of several images and of entries."""
+
+import numpy as np
+import pytest
+
+from vitembed.errors import DataError, VectorError
+from vitembed.index import Index, combined, more_like
+
+VECTORS = np.random.default_rng(0).standard_normal((50, 6)).astype(np.float32)
+VECTORS /= np.linalg.norm(VECTORS, axis=1, keepdims=True)
+
+
+@pytest.fixture
+def index(tmp_path):
+    with Index.create(tmp_path / "x.index", 6) as index:
+        index.add([f"id{n}" for n in range(50)], VECTORS, [{"even": n % 2 == 0} for n in range(50)])
+        yield index
+
+
+def test_the_combined_query_ranks_by_the_mean_cosine(index):
+    several = VECTORS[:3]
+    expected = np.argsort(-(VECTORS @ several.T).mean(axis=1), kind="stable")
+    assert [hit.id for hit in index.search(combined(several), 50)[0]] == [f"id{n}" for n in expected]
+    np.testing.assert_allclose(combined(VECTORS[:1]), VECTORS[0], rtol=1e-6)
+
+
+def test_more_like_leaves_out_the_entries_themselves(index):
+    ranked = np.argsort(-(VECTORS @ combined(VECTORS[[4, 7]])), kind="stable")
+    expected = [f"id{n}" for n in ranked if n not in (4, 7)]
+    assert [hit.id for hit in more_like(index, ["id4", "id7"], 5)] == expected[:5]
+    assert [hit.id for hit in more_like(index, ["id4", "id7"], 99)] == expected
+    even = [name for name in expected if int(name[2:]) % 2 == 0]
+    assert [hit.id for hit in more_like(index, ["id4", "id7"], 4, where={"even": True})] == even[:4]
+
+
+def test_queries_that_make_no_sense_are_refused(index):
+    for wrong in (np.empty((0, 6)), VECTORS[0], [VECTORS[0], -VECTORS[0]], np.full((1, 6), np.nan)):
+        with pytest.raises(VectorError):
+            combined(wrong)
+    with pytest.raises(DataError, match="not in the index: 'x'"):
+        more_like(index, ["x"])
+    for nothing in ([], "id1"):
+        with pytest.raises(DataError, match="list of at least one id"):
+            more_like(index, nothing)
