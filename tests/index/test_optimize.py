@@ -160,8 +160,9 @@ def test_what_cannot_be_done_is_said_in_one_line_and_changes_nothing(index):
     for wrong in (0, -0.5, 1.5, "0.9", float("nan")):
         with pytest.raises(ConfigError, match="recall must be"):
             index.optimize(wrong)
-    with pytest.raises(ConfigError, match="memory must not be negative"):
-        index.optimize(0.9, memory=-1)
+    for wrong in ({"memory": -1}, {"memory": "1GB"}, {"seed": -1}, {"seed": True}):
+        with pytest.raises(ConfigError, match="must be a whole number of at least 0"):
+            index.optimize(0.9, **wrong)
     with pytest.raises(ConfigError, match="recall or effort, not both"):
         index.search(QUERIES[0], recall=0.9, effort=3)
     for wrong in (0, 1.5, True):

@@ -96,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 a "no" of `verify` or a fault found, 2 an error."""
+    if "" in (sys.argv[1:] if arguments is None else arguments):  # it would stand for the current folder
+        return _fail("an argument is empty; is a variable of your shell not set?")
     try:
         status = app(args=None if arguments is None else list(arguments), prog_name="vitembed", standalone_mode=False)
     except VitembedError as error:

@@ -1,5 +1,6 @@
 """`vitembed index ...`: an index of images on disk: made, changed, optimised, checked."""
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -58,13 +59,15 @@ def add(
     Example: vitembed index add photos.index new.jpg
     """
     from vitembed.index import Index
+    from vitembed.index.inputs import checked_ids
 
     with Index.open(index) as opened:
         embedder = _model_of(opened, model, device)
         # Absolute, as `sync` has paths below its folder: neither depends on where one stands, nor meets the other's.
-        paths = [path.absolute() for path in expand_folders(images)]
+        named = {Path(os.path.normpath(path.absolute())).as_posix(): path for path in expand_folders(images)}
+        ids, paths = checked_ids(named), [Path(name) for name in named]
         vectors = embedder.encode(paths, batch_size=batch_size, progress=True)
-        opened.add([path.as_posix() for path in paths], vectors, [{"path": str(path)} for path in paths])
+        opened.add(ids, vectors, [{"path": str(path)} for path in paths])
         _print_info(opened, json)
 
 
@@ -83,6 +86,53 @@ def remove(
     with Index.open(index) as opened:
         opened.remove(ids)
         _print_info(opened, json)
+
+
+@index_app.command()
+def annotate(
+    index: IndexPath,
+    table: Annotated[Path, typer.Argument(help="A .csv table with a column `id`; the other columns are the metadata.")],
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Drop the metadata that the entries have; `path` stays.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Give entries metadata to filter by; a cell that JSON reads as a number, true, false or null is taken for one.
+
+    Example: vitembed index annotate photos.index years.csv
+    """
+    from vitembed.index import Index
+    from vitembed.index.annotations import annotate_from_table
+
+    with Index.open(index) as opened:
+        changed = annotate_from_table(opened, table, replace)
+    figures = {"index": str(index), "annotated": changed}
+    print_json(figures) if json else print_figures(figures)
+
+
+@index_app.command("list")
+def list_entries(
+    index: IndexPath,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILTER", help="Only entries that match, as in `search`; may be repeated."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List the ids of an index, and with --json their metadata, in the order in which they were last added.
+
+    Example: vitembed index list photos.index --where 'year>=2020'
+    """
+    from vitembed.index import Index
+    from vitembed.index.filters import parse_texts
+
+    with Index.open(index) as opened:
+        entries = opened.entries(parse_texts(where or []))
+    if json:
+        print_json([{"id": name, "metadata": metadata} for name, metadata in entries.items()])
+    else:
+        for name in entries:
+            typer.echo(name)
 
 
 @index_app.command()
@@ -129,10 +179,10 @@ def optimize(
     point = chosen.point()
     print_figures(
         {
-            "kind": chosen.kind,
+            "kind": f"{chosen.kind} ({chosen.reason})",
             "entries": chosen.entries,
             "memory (MB)": chosen.memory / 1e6,
-            "recall": point.recall if point else 1.0,
+            "recall": point.recall if point else None if chosen.file else 1.0,
             "ms a query": point.ms if point else chosen.exact_ms,
             "ms a query, exact": chosen.exact_ms,
             "seconds": chosen.seconds,
@@ -213,17 +263,21 @@ def _bytes(text: str) -> int:
 
 
 def _print_info(index: "Index", json: bool) -> None:
-    chosen = index.optimization
+    from vitembed.index import set_aside
+
+    with index.snapshot() as rows:
+        chosen, dead = rows.optimization, len(rows.mask) - rows.live
+        beside = 0 if rows.tail is None else int(rows.tail.sum())
     figures = {
         "index": str(index.path),
         "size": len(index),
         "dim": index.dim,
         "model": index.location,
         "fingerprint": index.fingerprint,
-        "stored as": index.dtype,
-        "searched by": chosen.kind if chosen else "exact",
+        "dtype": index.dtype,
+        "structure": chosen.kind if chosen else "exact",
+        "beside_structure": beside,
+        "dead_rows": dead,
+        "set_aside": len(set_aside(index)),
     }
-    if json:
-        print_json(figures)
-    else:
-        print_figures(figures)
+    print_json(figures) if json else print_figures({name.replace("_", " "): value for name, value in figures.items()})

@@ -17,7 +17,7 @@ Ids and metadata arrive here already checked.
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -135,10 +135,21 @@ class Catalog:
             self.set_meta("generation", str(int(self.meta("generation") or 0) + 1))
             yield
 
+    @contextmanager
+    def patient(self, seconds: float) -> Iterator[None]:
+        """Within the block another writer is waited for so long."""
+        with self._db.patient(seconds):
+            yield
+
     @property
     def in_change(self) -> bool:
         """Whether a `writing` block surrounds the caller."""
-        return self._db.depth > 0
+        return self.depth > 0
+
+    @property
+    def depth(self) -> int:
+        """How many `writing` blocks surround the caller."""
+        return self._db.depth
 
     # What holds for the whole index
 
@@ -223,11 +234,11 @@ class Catalog:
         found = self._db.rows(
             "SELECT number, checksum, slack, norm, generation, seal FROM codes WHERE generation > ?", (generation,)
         )
-        return [CodeRecord(*self._db.unsealed(row, f"the codes of block {row[0]}")[:4]) for row in found]
+        return [CodeRecord(*self._db.unsealed(row, f"the codes of block {row[0]}")) for row in found]
 
     def put_codes(self, record: CodeRecord) -> None:
         """Insert or replace the record of a block of codes."""
-        values = (record.number, record.checksum, record.slack, record.norm, self.state()[0])
+        values = tuple(vars(replace(record, generation=self.state()[0])).values())
         self._db.run("INSERT OR REPLACE INTO codes VALUES (?, ?, ?, ?, ?, ?)", (*values, seal(*values)))
 
     # Items
@@ -282,10 +293,11 @@ class Catalog:
         rows = [(item.row, item.id, item.metadata, _item_seal(item.row, item.id, item.metadata)) for item in items]
         self._db.run_many("INSERT INTO items VALUES (?, ?, ?, ?)", rows)
 
-    def delete_items(self, items: Sequence[Item]) -> None:
-        """Delete items, and forget which files they came from."""
+    def delete_items(self, items: Sequence[Item], keep_files: bool = False) -> None:
+        """Delete items, and forget which files they came from unless these are kept."""
         self._db.run_many("DELETE FROM items WHERE row = ?", [(item.row,) for item in items])
-        self.file_records.forget_entries([item.id for item in items])
+        if not keep_files:
+            self.file_records.forget_entries([item.id for item in items])
 
     # All rows anew
 
@@ -304,6 +316,11 @@ class Catalog:
             self.set_meta(key, value)
         yield
         self._db.run(f"DROP TABLE {OLD}")
+
+    def shrink(self) -> None:
+        """Give back what deleted records leave free, unless another process is in the way; only outside of a change."""
+        with suppress(SearchIndexError):
+            self._db.script("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE);")
 
     # Checks
 

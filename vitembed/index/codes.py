@@ -35,12 +35,14 @@ class CodeRecord:
         checksum: CRC-32 of its bytes in the file.
         slack: the largest distance of a row from its code.
         norm: the largest length of a code.
+        generation: the change that wrote it; the catalog fills it in.
     """
 
     number: int
     checksum: int
     slack: float
     norm: float
+    generation: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +60,11 @@ class CodedRows:
     codes: Bytes
     slack: float
     norm: float
+
+
+def codes_path(vectors: Path) -> Path:
+    """Return where the codes of a file of vectors lie."""
+    return vectors.with_suffix(".codes")
 
 
 def encode(vectors: StoredArray) -> CodedRows:

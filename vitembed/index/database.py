@@ -17,6 +17,9 @@ from vitembed.errors import SearchIndexError
 # How long a writer waits for another before it gives up, in seconds.
 WRITER_WAIT = 5.0
 
+# What a write-ahead log is cut to when it begins anew; a large change may make it longer for a while.
+_LOG_BYTES = 64 << 20
+
 # How SQLite is asked for a file: to write it; to read it in a folder where others write; to read it where nobody can
 # write, not even SQLite its shared memory.
 _WRITABLE, _READABLE, _IMMUTABLE = "mode=rw", "mode=ro", "immutable=1"
@@ -54,14 +57,15 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Within the block every read sees the same committed state, whatever other processes commit."""
-        if self._connection.in_transaction:
+        if self._within():
             yield
             return
-        self.run("BEGIN")
         try:
+            self.run("BEGIN")
             yield
         finally:
-            self.run("COMMIT")
+            if self._within():  # not when BEGIN was refused
+                self.run("COMMIT")
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -75,20 +79,24 @@ class Database:
         """
         if self.read_only:
             raise SearchIndexError(f"{self.path.parent} cannot be written; copy it to a folder that can")
-        begin, keep = ("SAVEPOINT change", "RELEASE change") if self._depth else ("BEGIN IMMEDIATE", "COMMIT")
-        self.run(begin)
+        name = f"change{self._depth}"
+        begin, keep = (f"SAVEPOINT {name}", f"RELEASE {name}") if self._depth else ("BEGIN IMMEDIATE", "COMMIT")
         self._depth += 1
         try:
+            self.run(begin)
             yield
             self.run(keep)
         except BaseException:
             with suppress(SearchIndexError):  # SQLite has undone it itself when the disk is full
-                self.run("ROLLBACK TO change" if self._depth > 1 else "ROLLBACK")
+                self.run(f"ROLLBACK TO {name}" if self._depth > 1 else "ROLLBACK")
                 if self._depth > 1:
                     self.run(keep)
             raise
         finally:
             self._depth -= 1
+
+    def _within(self) -> bool:
+        return self._connection.in_transaction
 
     @property
     def depth(self) -> int:
@@ -114,6 +122,22 @@ class Database:
             self._connection.executemany(sql, rows)
         except _FAILURES as error:
             raise translated(self.path, error) from error
+
+    def script(self, sql: str) -> None:
+        """Run statements to their ends, each in a transaction of its own; only outside of a transaction."""
+        try:
+            self._connection.executescript(sql)
+        except _FAILURES as error:
+            raise translated(self.path, error) from error
+
+    @contextmanager
+    def patient(self, seconds: float) -> Iterator[None]:
+        """Within the block another writer is waited for so long."""
+        self.run(f"PRAGMA busy_timeout={int(seconds * 1000)}")
+        try:
+            yield
+        finally:
+            self.run(f"PRAGMA busy_timeout={int(WRITER_WAIT * 1000)}")
 
     # Records
 
@@ -141,6 +165,7 @@ def create_database(path: Path, script: str) -> None:
     connection = None
     try:
         connection = sqlite3.connect(path, isolation_level=None)
+        connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
         connection.execute("PRAGMA journal_mode=WAL")
         connection.executescript(f"BEGIN; {script} COMMIT;")
     except _FAILURES as error:
@@ -195,6 +220,7 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
     connection = sqlite3.connect(uri, uri=True, timeout=WRITER_WAIT, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA synchronous=FULL")
+        connection.execute(f"PRAGMA journal_size_limit={_LOG_BYTES}")
         # SQLite opens a file that it cannot use without a word; the first read tells.
         connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
     except BaseException:

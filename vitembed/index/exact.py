@@ -9,7 +9,8 @@ come in row order; and the result is provably exact, because each rough score co
 - float32: rounding, see `rounding`.
 - codes: let x = step * code + r with |r| <= slack, and q * step = t * m + e with whole numbers m, all of them in one
   byte. Then q.x - t (m.code) = e.code + q.r, and by Cauchy-Schwarz |q.r| <= slack, and |e.code| is at most |e| |code|,
-  and, since e.code = (e / step).(step * code), at most |e / step| (1 + slack). The smaller one counts.
+  and, since e.code = (e / step).(step * code), at most |e / step| (1 + slack). The smaller one counts, and a
+  little is added, since rows are of unit length only nearly.
 
 A row that was left out can only matter when its rough score is within the bound of the k-th best score: where a block
 cannot rule that out, more of its rows are looked at.
@@ -99,7 +100,7 @@ def nearest(source: RowSource, mask: BoolArray, queries: FloatArray, k: int) -> 
         For each query its rows (k,) int64 and scores (k,) float64, best first, ties in row order.
     """
     live = int(np.count_nonzero(mask))
-    if live <= max(FEW_ROWS, k):
+    if live <= k or (live <= FEW_ROWS and len(queries) <= FEW_QUERIES):
         rows = np.flatnonzero(mask)
         return [best(rows, score(source, rows, query), k) for query in queries]
     if len(queries) <= FEW_QUERIES:
@@ -174,12 +175,14 @@ class _Scan:
 
     def __init__(self, source: RowSource, mask: BoolArray, query: FloatArray) -> None:
         self.source, self.mask, self.query = source, mask, query
+        self._coded: dict[int, CodedRows | None] = {}
 
     def nearest(self, k: int) -> Found:
         """Return the k best rows; the mask holds more than k."""
         numbers = [
             n for n in range(-(-len(self.mask) // CODE_ROWS)) if self.mask[n * CODE_ROWS : (n + 1) * CODE_ROWS].any()
         ]
+        self._prepare(numbers)
         blocks = in_parallel(lambda number: self._rough(number, k + SPARE), numbers)
         rows = np.concatenate([block.rows for block in blocks])
         rough = np.concatenate([block.rough for block in blocks])
@@ -203,11 +206,20 @@ class _Scan:
     def within(self, floor: float) -> Found:
         """Return all rows that score at least `floor`."""
         numbers = range(-(-len(self.mask) // CODE_ROWS))
+        self._prepare(numbers)
         found = in_parallel(lambda number: self._above(self._rough(number, SPARE), floor), numbers)
         rows = np.concatenate([np.empty(0, np.int64), *found])
         scores = score(self.source, rows, self.query)
         near = scores >= floor
         return best(rows[near], scores[near], len(rows))
+
+    def _prepare(self, numbers: Sequence[int]) -> None:
+        """Look up what the scans read: files and SQLite are for the calling thread alone."""
+        for number in numbers:
+            self._coded[number] = self.source.coded(number)
+            if self._coded[number] is None:
+                start = number * CODE_ROWS
+                self.source.verified(np.flatnonzero(self.mask[start : start + CODE_ROWS]) + start)
 
     def _above(self, block: _Candidates, floor: float) -> RowArray:
         """Return the rows of a block that may score `floor` or more."""
@@ -225,7 +237,7 @@ class _Scan:
         width = min(width, alive)
         if not alive:
             return _Candidates(number, np.empty(0, np.int64), np.empty(0), 0.0, -np.inf)
-        coded = self.source.coded(number)
+        coded = self._coded[number]
         if coded is None:
             rough, rows = self._scan_floats(start, mask, width)
             bound = rounding(len(self.query))
@@ -246,15 +258,15 @@ def _scan_codes(
     coded: CodedRows, mask: BoolArray, alive: int, query: FloatArray, width: int
 ) -> tuple[ScoreArray, RowArray, float]:
     """Return rough scores (width,), positions (width,) and the bound on the scores' error."""
-    scaled = query * coded.steps
+    scaled = query.astype(np.float64) * coded.steps
     step = float(np.abs(scaled).max()) / 127 or 1.0
-    whole = np.rint(scaled / np.float32(step))
-    left = scaled.astype(np.float64) - step * whole.astype(np.float64)
+    whole = np.rint(scaled / step).astype(np.float32)
+    left = scaled - step * whole.astype(np.float64)
     used = coded.steps > 0
     off = min(np.linalg.norm(left[used] / coded.steps[used]) * (1 + coded.slack), np.linalg.norm(left) * coded.norm)
     products, positions = kernels.scan_codes(coded.codes, whole, width, None if alive == len(mask) else mask)
     # The sums are of whole numbers, but in float32 they may round when there are many.
-    bound = float(off) + coded.slack + 2 * rounding(len(query))
+    bound = 1.002 * (float(off) + coded.slack) + 2 * rounding(len(query))
     return products.astype(np.float64) * step, positions, bound
 
 

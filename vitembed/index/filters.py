@@ -32,7 +32,7 @@ import json
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_, or_
@@ -261,6 +261,16 @@ def _shown(value: object) -> str:
     except (ValueError, RecursionError):  # a whole number of more digits than Python prints
         return f"a value of type {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def parse_texts(texts: Sequence[str]) -> dict[str, Any] | None:
+    """Return the filter that several texts of the command line make together; None for none.
+
+    Raises:
+        ConfigError: one of them is no filter.
+    """
+    parsed = [parse_text(text) for text in texts]
+    return {"$and": parsed} if len(parsed) > 1 else parsed[0] if parsed else None
 
 
 def parse_text(text: str) -> dict[str, Any]:

@@ -26,15 +26,19 @@ from vitembed.errors import ConfigError, DataError, SearchIndexError, VectorErro
 from vitembed.index import changes, checking, searching
 from vitembed.index.catalog import NAME, Catalog
 from vitembed.index.changes import Entries
+from vitembed.index.codes import codes_path
 from vitembed.index.inputs import Metadata, checked_ids, checked_metadata, checked_vectors
 from vitembed.index.optimization import Optimization
 from vitembed.index.optimize import Optimizer, Wanted, unchanged
 from vitembed.index.reading import ATTEMPTS, IndexReader, unknown_ids
 from vitembed.index.results import Records
-from vitembed.index.structure import Structure, require_kind
+from vitembed.index.structure import Structure, memory_needed, require_kind
 from vitembed.index.vectors import DTYPES, sync_folder
 
 _MAX_DIM = 65_536
+
+# How long a structure that was built waits for another writer, in seconds; a change that is soon repeated waits less.
+_INSTALL_WAIT = 600.0
 
 
 class Index(IndexReader):
@@ -53,8 +57,7 @@ class Index(IndexReader):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
-        self._stale: list[Path] = []  # files that the change being made has replaced
-        self._fresh: list[Path] = []  # files that it has made
+        self._files = changes.ChangeFiles(self.path, self.catalog)
 
     @classmethod
     def create(
@@ -85,14 +88,15 @@ class Index(IndexReader):
         if dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            what = "is an index already; open it" if (target / NAME).exists() else "exists and is not empty"
-            raise SearchIndexError(f"cannot create an index: {target} {what}, or choose another name")
+            what = "is an index already; open it or" if (target / NAME).exists() else "is there and not empty;"
+            raise SearchIndexError(f"cannot create an index: {target} {what} choose another name")
         # Made beside its final place and then renamed, so that a kill leaves no half-made index under the name.
         draft = target.absolute().with_name(f".{target.absolute().name}-{secrets.token_hex(4)}")
         try:
             draft.mkdir()
             name = _vector_name(dtype)
             (draft / name).touch()
+            codes_path(draft / name).touch()
             settings = {"dim": str(dim), "dtype": dtype, "vectors": name}
             Catalog.create(draft / NAME, {**settings, "fingerprint": fingerprint, "location": location})
             if target.exists():
@@ -124,20 +128,17 @@ class Index(IndexReader):
             SearchIndexError: another process is writing, or the index lies where it cannot be written.
         """
         with self._open():
-            stale, fresh = len(self._stale), len(self._fresh)
+            mark = self._files.mark()
             try:
                 with self.catalog.writing():
                     yield
             except BaseException:
-                self._forget()  # what was seen of the change is undone, and its row numbers will be used again
-                for path in self._fresh[fresh:]:
-                    changes.discard(path)
-                del self._stale[stale:], self._fresh[fresh:]
+                self._forget_change()
+                self._files.undo(mark)
                 raise
             if not self.catalog.in_change:
-                for path in self._stale:
-                    changes.discard(path)
-                self._stale, self._fresh = [], []
+                self._keep_change()
+                self._files.commit()
 
     def add(
         self,
@@ -165,8 +166,34 @@ class Index(IndexReader):
         if not names:
             return
         with self.transaction(), self.snapshot() as rows:
+            checked_vectors(numbers[:1], rows.dim)  # another process may have rewritten the index meanwhile
             changes.drop(self.catalog, list(self.catalog.find(names).values()))
             changes.append(self.catalog, rows, Entries(names, numbers, texts))
+
+    def annotate(self, ids: Sequence[str], metadata: Sequence[Metadata | None]) -> None:
+        """Give entries other metadata; their vectors stay, and `sync` goes on to follow their files.
+
+        Args:
+            ids: n different ids of the index.
+            metadata: n mappings, each in place of the whole that was stored; see `get`.
+
+        Raises:
+            DataError: an id is not in the index, or a mapping cannot be written as JSON.
+            SearchIndexError: another process is writing, or the disk is full.
+        """
+        names = checked_ids(ids)
+        texts = checked_metadata(metadata, names)
+        with self.transaction(), self.snapshot() as rows:
+            found = self.catalog.find(names)
+            missing = [name for name in names if name not in found]
+            if missing:
+                raise unknown_ids(missing)
+            if not names:
+                return
+            places = np.array([found[name].row for name in names])
+            vectors = rows.verified(places)[places]
+            changes.drop(self.catalog, list(found.values()), keep_files=True)
+            changes.append(self.catalog, rows, Entries(names, vectors, texts))
 
     def remove(self, ids: Iterable[str], missing_ok: bool = False) -> int:
         """Remove ids, all of them or none. `compact` gives their space back.
@@ -223,29 +250,28 @@ class Index(IndexReader):
         Raises:
             SearchIndexError: another process is writing, the disk is full, or a vector is damaged.
         """
-        with self.transaction():
-            with self.snapshot() as rows:
-                dead = len(rows.mask) - rows.live
-                if dead:
-                    rows.verified(np.flatnonzero(rows.mask))  # before their checksums are deleted
-                    self._rewrite(changes.surviving(self.catalog, rows), {})
-            return dead
+        with self.transaction(), self.snapshot() as rows:
+            dead = len(rows.mask) - rows.live
+            if dead:
+                rows.verified(np.flatnonzero(rows.mask))  # before their checksums are deleted
+                self._rewrite(changes.surviving(self.catalog, rows), {})
+        if not self.catalog.in_change:
+            self.catalog.shrink()
+        return dead
 
     def _rewrite(self, batches: Iterable[Entries], settings: dict[str, str | None]) -> None:
         with self.transaction(), self.snapshot() as rows:
-            name = _vector_name(self.dtype)
-            old = [rows.vectors.path, rows.codes.path]
+            self._files.sweep()
+            self._files.replace(rows.vectors.path, rows.codes.path)
             if rows.optimization and rows.optimization.file:
-                old.append(self.path / rows.optimization.file)
-            new = self.path / name
-            self._fresh += [new, new.with_suffix(".codes")]
+                self._files.replace(self.path / rows.optimization.file)
+            name = _vector_name(self.dtype)
+            self._files.make(self.path / name, codes_path(self.path / name))
             self._rewriting = True
             try:
                 changes.rewrite(self.catalog, self.path, {**settings, "vectors": name}, batches)
             finally:
                 self._rewriting = False
-            sync_folder(self.path)
-            self._stale += old
 
     def optimize(
         self,
@@ -283,9 +309,16 @@ class Index(IndexReader):
         searching.checked_recall(recall, None)
         if kind is not None:
             require_kind(kind)
-        if memory is not None and memory < 0:
-            raise ConfigError(f"memory must not be negative; got {memory}")
+        if recall == 1 and kind not in (None, "exact"):
+            raise ConfigError(
+                f"a structure of kind {kind!r} does not find everything; ask for a recall below 1, or no kind"
+            )
+        for name, number in (("memory", memory), ("seed", seed)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 0):
+                raise ConfigError(f"{name} must be a whole number of at least 0; got {number!r}")
         wanted = Wanted(float(recall), searching.checked_k(k), memory, "exact" if recall == 1 else kind, seed)
+        if self.catalog.read_only:  # told before the work
+            raise SearchIndexError(f"{self.path} cannot be written; copy it to a folder that can")
         with self.snapshot() as rows:
             source, known = rows.frozen(), rows.optimization
         if known is not None and unchanged(known, source, wanted):
@@ -294,16 +327,16 @@ class Index(IndexReader):
 
     def _install(self, name: str, structure: Structure | None, chosen: Optimization) -> Optimization:
         """Make a structure that was built from the rows of a numbering the index's own."""
-        with self.transaction(), self.snapshot() as rows:
+        with self.catalog.patient(_INSTALL_WAIT), self.transaction(), self.snapshot() as rows:
             if rows.name != name:
                 raise SearchIndexError(f"{self.path} was rewritten while its structure was built; call optimize again")
-            changes.sweep(self.catalog, self.path)
+            self._files.sweep()
             if rows.optimization and rows.optimization.file:
-                self._stale.append(self.path / rows.optimization.file)
+                self._files.replace(self.path / rows.optimization.file)
             if structure is not None:
-                file = f"structure-{secrets.token_hex(4)}.faiss"
-                self._fresh.append(self.path / file)
-                chosen = replace(chosen, file=file, checksum=structure.save(self.path / file))
+                file = self.path / f"structure-{secrets.token_hex(4)}.faiss"
+                self._files.make(file)
+                chosen = replace(chosen, file=file.name, checksum=structure.save(file))
             self.catalog.set_meta("structure", chosen.to_json())
         return chosen
 
@@ -321,22 +354,34 @@ class Index(IndexReader):
         problems = self._problems()
         if not problems or not repair:
             return problems
+        try:
+            self._repair()
+        except SearchIndexError as error:
+            return list(dict.fromkeys([*self._problems(), str(error)]))
+        return self._problems()
+
+    def _repair(self) -> None:
         with self.transaction():
             self.catalog.rebuild_indices()
             with self.snapshot() as rows:
                 for number in rows.uncoded():
                     self.catalog.put_codes(rows.encode(number))
         with self.snapshot() as rows:
-            lost = rows.optimization if rows.optimization and rows.structure() is None else None
+            lost, dim, live = rows.optimization, rows.dim, rows.live
+            lost = None if rows.structure() is not None else lost
         if lost is not None and lost.file is not None:
-            self.optimize(lost.target, kind=lost.kind, k=lost.k)
-        return self._problems()
+            memory = memory_needed(lost.kind, dim, live, lost.code_bytes)
+            try:
+                self.optimize(lost.target, memory, lost.kind, lost.k)
+            except SearchIndexError:  # the entries have changed, and it does not reach or fit any more
+                self.optimize(1.0)
 
     def _problems(self) -> list[str]:
         problems: list[str] = []
         try:
+            with self._open():
+                self._forget()  # files that were deleted or replaced would still be open, and taken as verified
             with self.snapshot() as rows:
-                rows.unverify()
                 problems += checking.lasting_problems(self.catalog, rows)
             return problems + self._cache_problems()
         except SearchIndexError as error:

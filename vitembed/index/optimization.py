@@ -4,8 +4,6 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from vitembed.errors import SearchIndexError
-
 
 @dataclass(frozen=True)
 class Point:
@@ -31,11 +29,12 @@ class Optimization:
         target: the recall that was asked for.
         k: the number of neighbours that the recall was measured with.
         curve: the measurements, by rising effort.
-        exact_ms: milliseconds of an exact search for one query.
+        exact_ms: milliseconds of an exact search for one query; None when nothing was measured.
         entries: how many entries the structure holds, the removed ones too.
         covers: every entry in a row before this one is in the structure.
         memory: size of the structure in bytes.
         seconds: what building and measuring took.
+        reason: why this kind was taken, in a few words.
         code_bytes: size of a product-quantised code; 0 for other kinds.
         file: name of the structure's file; None for "exact".
         checksum: CRC-32 of that file.
@@ -45,11 +44,12 @@ class Optimization:
     target: float
     k: int
     curve: tuple[Point, ...]
-    exact_ms: float
+    exact_ms: float | None
     entries: int
     covers: int
     memory: int
     seconds: float
+    reason: str
     code_bytes: int = 0
     file: str | None = None
     checksum: int = 0
@@ -73,13 +73,9 @@ class Optimization:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read what `to_json` wrote.
-
-        Raises:
-            SearchIndexError: it is of another format.
-        """
+    def from_json(cls, text: str) -> Self | None:
+        """Read what `to_json` wrote; None if it is of another format, since a structure can be built again."""
         values: dict[str, Any] = json.loads(text)
         if values.keys() != {field.name for field in fields(cls)}:
-            raise SearchIndexError("the index's structure is described in another format; call optimize again")
+            return None
         return cls(**{**values, "curve": tuple(Point(**point) for point in values["curve"])})

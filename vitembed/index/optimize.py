@@ -8,6 +8,7 @@ reaches the recall faster than exact search is taken; where none does, the index
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -110,7 +111,7 @@ class Optimizer:
         if self._wanted.kind not in (None, "exact"):
             self._require_plans(plans)
         if not plans:
-            return None, self._described("exact", (), 0.0, 0)
+            return None, self._described("exact", self._no_plan())
         if known is not None and self._extends(known, plans):
             extended = self._extended(known)
             if extended is not None:
@@ -122,24 +123,34 @@ class Optimizer:
         held_out = self._choice(self._live, min(QUERIES, len(self._live) // 10))
         rows = np.setdiff1d(self._live, held_out)
         reached = 0.0
-        exact_ms = 0.0
+        exact_ms = None
         for kind, size in plans:
             sample = self._choice(rows, training_rows(kind, len(rows)))
             structure = Structure.train(kind, self._vectors(sample), len(self._live), size)
             self._add(structure, rows)
             curve, exact_ms = self._measured(structure, held_out)
-            chosen = self._described(kind, curve, exact_ms, size, structure)
+            chosen = self._described(kind, "", curve, exact_ms, size, structure)
             point = chosen.point()
             if point is not None and (point.ms < exact_ms or self._wanted.kind):
                 self._add(structure, held_out)
-                return structure, self._described(kind, curve, exact_ms, size, structure)
+                reason = "asked for" if self._wanted.kind else "the first that is faster than exact search"
+                return structure, self._described(kind, reason, curve, exact_ms, size, structure)
             reached = max(reached, curve[-1].recall)
         if self._wanted.kind:
             raise SearchIndexError(
                 f"a structure of kind {self._wanted.kind!r} finds {reached:.3f} of the true neighbours at most, not "
                 f"{self._wanted.recall:.3f}; ask for less, allow more memory, or leave the kind open"
             )
-        return None, self._described("exact", (), exact_ms, 0)
+        tried = ", ".join(dict.fromkeys(kind for kind, _ in plans))
+        reason = f"none of {tried} reaches the recall faster than exact search"
+        return None, self._described("exact", reason, exact_ms=exact_ms)
+
+    def _no_plan(self) -> str:
+        if self._wanted.kind == "exact":
+            return "asked for"
+        if len(self._live) < SMALL:
+            return f"{len(self._live):,} entries are searched exactly in no time; structures begin at {SMALL:,}"
+        return f"no structure fits {self._wanted.memory or 0:,} bytes"
 
     def _extends(self, known: Optimization, plans: list[tuple[str, int]]) -> bool:
         """Tell whether a structure is what is wanted but for some later rows."""
@@ -163,7 +174,8 @@ class Optimizer:
         self._add(structure, np.setdiff1d(fresh, held_out))
         curve, exact_ms = self._measured(structure, held_out)
         self._add(structure, held_out)
-        chosen = self._described(known.kind, curve, exact_ms, known.code_bytes, structure)
+        reason = "the earlier one, with the entries that came since"
+        chosen = self._described(known.kind, reason, curve, exact_ms, known.code_bytes, structure)
         return (structure, chosen) if chosen.point() is not None else None
 
     def _require_plans(self, plans: list[tuple[str, int]]) -> None:
@@ -176,7 +188,13 @@ class Optimizer:
             )
 
     def _described(
-        self, kind: str, curve: tuple[Point, ...], exact_ms: float, code_bytes: int, structure: Structure | None = None
+        self,
+        kind: str,
+        reason: str,
+        curve: tuple[Point, ...] = (),
+        exact_ms: float | None = None,
+        code_bytes: int = 0,
+        structure: Structure | None = None,
     ) -> Optimization:
         entries = len(structure) if structure else 0
         return Optimization(
@@ -184,11 +202,12 @@ class Optimizer:
             target=self._wanted.recall,
             k=self._wanted.k,
             curve=curve,
-            exact_ms=round(exact_ms, 4),
+            exact_ms=None if exact_ms is None else round(exact_ms, 4),
             entries=entries,
             covers=len(self._rows.mask),
             memory=memory_needed(kind, self._rows.dim, entries, code_bytes) if structure else 0,
             seconds=round(time.perf_counter() - self._start, 2),
+            reason=reason,
             code_bytes=code_bytes,
         )
 
@@ -241,16 +260,12 @@ def unchanged(known: Optimization, rows: FrozenRows, wanted: Wanted) -> bool:
     """Tell whether what an index has is what is wanted, and nothing came since."""
     same = known.target == wanted.recall and known.k == wanted.k and wanted.kind in (None, known.kind)
     fits = wanted.memory is None or known.memory <= wanted.memory
-    path = rows.path.with_name(known.file) if known.file else None
-    return (
-        same
-        and fits
-        and known.covers == len(rows.mask)
-        and known.entries == np.count_nonzero(rows.mask)
-        and path is not None
-        and path.exists()
-        and file_checksum(path) == known.checksum
-    )
+    covers = known.covers == len(rows.mask) and known.entries == np.count_nonzero(rows.mask)
+    if not (same and fits and covers and known.file):
+        return False
+    with suppress(OSError):
+        return file_checksum(rows.path.with_name(known.file)) == known.checksum
+    return False
 
 
 def _milliseconds(search: Callable[[FloatArray], list[Found]], queries: FloatArray) -> float:

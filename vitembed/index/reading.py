@@ -21,7 +21,7 @@ from vitembed.errors import ConfigError, DataError, ModelMismatchError, SearchIn
 from vitembed.index import exact, searching
 from vitembed.index.catalog import NAME, Catalog
 from vitembed.index.filters import parse
-from vitembed.index.inputs import checked_ids, checked_vectors
+from vitembed.index.inputs import Metadata, checked_ids, checked_vectors
 from vitembed.index.mapped import VanishedError
 from vitembed.index.optimization import Optimization
 from vitembed.index.results import Hit, Record, Records
@@ -29,6 +29,10 @@ from vitembed.index.rows import Rows
 
 # How often a reader tries again that meets an index being rewritten.
 ATTEMPTS = 5
+
+
+class RewrittenError(SearchIndexError):
+    """Another process has compacted or rewritten the index between two batches of `IndexReader.stream`."""
 
 
 class IndexReader:
@@ -54,6 +58,9 @@ class IndexReader:
         self.catalog = Catalog(self.path / NAME)
         self._rows: Rows | None = None
         self._rewriting = False
+        self._tentative = False  # whether the rows that are kept were seen within a change
+        self._base: int | None = None  # the last generation before the change that is being made
+        self._process = os.getpid()
         try:
             with self.snapshot():
                 pass
@@ -62,8 +69,14 @@ class IndexReader:
             raise
 
     def close(self) -> None:
-        """Close the index; closing twice does nothing."""
+        """Close the index; closing twice does nothing.
+
+        Raises:
+            SearchIndexError: a change is being made.
+        """
         with self._mutex:
+            if not self._closed and self.catalog.in_change:
+                raise SearchIndexError(f"{self.path} cannot be closed within a change; leave the transaction first")
             if not self._closed:
                 self._closed = True
                 if self._rows is not None:
@@ -127,6 +140,25 @@ class IndexReader:
         with self._open(), self.catalog.reading():
             return self.catalog.ids()
 
+    def entries(self, where: Mapping[str, Any] | None = None) -> dict[str, Metadata]:
+        """Return the metadata of all entries by id, in the order in which they were last added.
+
+        Args:
+            where: only entries whose metadata match, as in `search`; all when None.
+
+        Raises:
+            ConfigError: `where` is no filter.
+            SearchIndexError: an entry is damaged.
+        """
+        with self.snapshot() as rows:
+            mask = rows.mask if where is None else rows.matching(parse(where))
+            items = self.catalog.items(np.flatnonzero(mask).tolist())
+            if len(items) != np.count_nonzero(mask):
+                raise SearchIndexError(
+                    f"{self.path} is damaged: a live row has no entry; restore the index from a copy"
+                )
+            return {item.id: json.loads(item.metadata) for item in items}
+
     def get(self, name: str) -> Record:
         """Return the entry of an id.
 
@@ -151,7 +183,8 @@ class IndexReader:
             size: rows looked at for one batch, at least 1; removed ones count, so that batches may be smaller.
 
         Raises:
-            SearchIndexError: what had to be read is damaged, or the index was compacted or rewritten meanwhile.
+            RewrittenError: the index was compacted or rewritten meanwhile; begin again.
+            SearchIndexError: what had to be read is damaged.
         """
         if size < 1:
             raise ConfigError(f"size must be at least 1; got {size}")
@@ -160,7 +193,7 @@ class IndexReader:
         for start in range(0, stop, size):
             with self.snapshot() as rows:
                 if rows.name != name:
-                    raise SearchIndexError(f"{self.path} was rewritten while it was read; begin again")
+                    raise RewrittenError(f"{self.path} was rewritten while it was read; begin again")
                 live = np.flatnonzero(rows.mask[start : min(start + size, stop)]) + start
                 items = rows.items(live.tolist()).values()
                 batch = Records(
@@ -251,6 +284,8 @@ class IndexReader:
         with self._mutex:
             if self._closed:
                 raise SearchIndexError(f"{self.path} is closed; open it again with Index.open")
+            if os.getpid() != self._process:
+                raise SearchIndexError(f"{self.path} was opened in another process; open it in this one too")
             if self._rewriting:
                 raise SearchIndexError(
                     f"{self.path} cannot be read while it is rewritten; make a list of its records first"
@@ -275,19 +310,36 @@ class IndexReader:
 
     def _refreshed(self) -> Rows:
         generation, name = self.catalog.state()
+        if self.catalog.in_change and self._base is None:
+            self._base = generation - self.catalog.depth
         if self._rows is None or self._rows.name != name:
             self._forget()
             self._rows = Rows(self.path, self.catalog, name)
+            self._tentative = self.catalog.in_change
         if self._rows.generation != generation:
-            self._rows.update(generation)
-            if self.catalog.in_change:
-                self._rows.generation = generation - 1  # more may change before this one ends
+            known = self._rows.optimization
+            newest = self._rows.update(generation)
+            if self._base is not None:
+                self._tentative |= newest > self._base or self._rows.optimization != known
+                self._rows.generation = generation - 1  # more may change before this change ends
         return self._rows
+
+    def _forget_change(self) -> None:
+        """Forget what was seen of a change that is undone: its row numbers will be used again."""
+        if self._tentative:
+            self._forget()
+        if not self.catalog.in_change:
+            self._base = None
+
+    def _keep_change(self) -> None:
+        """Take what was seen of a change as committed."""
+        self._tentative, self._base = False, None
 
     def _forget(self) -> None:
         if self._rows is not None:
             self._rows.close()
             self._rows = None
+        self._tentative = False
 
 
 def unknown_ids(names: list[str]) -> DataError:

@@ -14,7 +14,7 @@ import numpy as np
 from vitembed.errors import SearchIndexError
 from vitembed.index.blocks import BLOCK_ROWS, Block, BoolArray
 from vitembed.index.catalog import Catalog, Item
-from vitembed.index.codes import CODE_ROWS, CodedRows, CodeFile, CodeRecord, encode
+from vitembed.index.codes import CODE_ROWS, CodedRows, CodeFile, CodeRecord, codes_path, encode
 from vitembed.index.columns import Columns
 from vitembed.index.exact import RowArray
 from vitembed.index.filters import Filter
@@ -84,7 +84,7 @@ class Rows:
         self.name = name
         self.dim = int(catalog.meta("dim") or 0)
         self.vectors = VectorFile(folder / name, self.dim, str(catalog.meta("dtype")))
-        self.codes = CodeFile((folder / name).with_suffix(".codes"), self.dim)
+        self.codes = CodeFile(codes_path(folder / name), self.dim)
         self._columns = Columns(self._metadata)
         self.generation = -1
         self.forget()
@@ -111,8 +111,11 @@ class Rows:
         self.vectors.close()
         self.codes.close()
 
-    def update(self, generation: int) -> None:
+    def update(self, generation: int) -> int:
         """Take in what changed up to a generation.
+
+        Returns:
+            The generation of the latest change of a row or a code that was taken in; -1 when there was none.
 
         Raises:
             SearchIndexError: blocks are missing, or the vector file is too short for them.
@@ -132,12 +135,14 @@ class Rows:
             mask[block.start : block.stop] = block.mask()
             if len(self._checksums.get(block.number, ())) != block.rows:
                 self._checksums.pop(block.number, None)
-        for record in self._catalog.codes_after(self.generation):
+        records = self._catalog.codes_after(self.generation)
+        for record in records:
             self._code_records[record.number] = record
             self._codes_verified.pop(record.number, None)
         self.vectors.read(total)
         self._take_structure(self._catalog.structure(), mask)
         self.generation, self.blocks, self.mask, self._verified = generation, blocks, mask, verified
+        return max([-1, *(block.generation for block in changed), *(record.generation for record in records)])
 
     # Vectors
 
@@ -158,7 +163,7 @@ class Rows:
                 wanted[mine] = self._block_checksums(number)[fresh[mine] - number * BLOCK_ROWS]
             bad = fresh[found != wanted]
             if len(bad):
-                raise self._damaged(f"row {bad[0]} does not match its checksum")
+                raise self._damaged_row(int(bad[0]))
             self._verified[fresh] = True
         return vectors
 
@@ -173,18 +178,13 @@ class Rows:
         blocks = {number: block for number, block in coded.items() if block is not None}
         return FrozenRows(self.vectors.path, self.mask.copy(), vectors, blocks)
 
-    def unverify(self) -> None:
-        """Forget which rows and codes were compared, so that all are compared again."""
-        self._verified[:] = False
-        self._codes_verified.clear()
-        self._structure = None
-
     def _block_checksums(self, number: int) -> ChecksumArray:
         if number not in self._checksums:
             found = self._catalog.checksums(number)
-            if len(found) != self.blocks[number].rows:
-                raise self._damaged(f"block {number} has {self.blocks[number].rows} rows and {len(found)} checksums")
-            self._checksums[number] = found
+            count = self.blocks[number].rows
+            if len(found) < count:  # within a change there may be more already
+                raise self._damaged(f"block {number} has {count} rows and {len(found)} checksums")
+            self._checksums[number] = found[:count]
         return self._checksums[number]
 
     # Codes
@@ -203,9 +203,17 @@ class Rows:
         return [number for number in range(len(self.mask) // CODE_ROWS) if self.coded(number) is None]
 
     def encode(self, number: int) -> CodeRecord:
-        """Code a full block of rows, write it, and return its record for the catalog."""
-        start = number * CODE_ROWS
-        return self.codes.put(number, encode(self.vectors.read(start + CODE_ROWS)[start:]))
+        """Code a full block of rows, write it, and return its record for the catalog.
+
+        Raises:
+            SearchIndexError: a row that lives does not match its checksum, or the disk is full.
+        """
+        start, stop = number * CODE_ROWS, (number + 1) * CODE_ROWS
+        known = self.mask[start:stop]  # what comes after was written just now
+        self.verified(np.flatnonzero(known) + start)
+        block: StoredArray = self.vectors.read(stop)[start:].copy()
+        block[: len(known)][~known] = 0  # a dead row may be damaged; it must not coarsen the steps
+        return self.codes.put(number, encode(block))
 
     # Structure
 
@@ -263,6 +271,14 @@ class Rows:
         if [item.row for item in items] != (np.flatnonzero(self.mask[start:stop]) + start).tolist():
             raise self._damaged(f"of rows {start} to {stop - 1} others live than have an entry")
         return ((item.row, item.metadata) for item in items)
+
+    def _damaged_row(self, row: int) -> SearchIndexError:
+        items = self._catalog.items([row])
+        name = repr(items[0].id) if items else "an entry"
+        return SearchIndexError(
+            f"{self.vectors.path} is damaged: the vector of {name} (row {row}) does not match its checksum; "
+            "remove this entry and add it again, or restore the index from a copy"
+        )
 
     def _damaged(self, what: str) -> SearchIndexError:
         return SearchIndexError(

@@ -17,6 +17,9 @@ from vitembed.index.rows import Rows
 from vitembed.index.structure import Structure
 from vitembed.index.vectors import FloatArray
 
+# What FAISS takes for an effort.
+_MOST_EFFORT = 2**31 - 1
+
 # Below this share of the entries an exact search over the few that match is faster than a structure, and sure.
 _FILTER_SHARE = 0.2
 
@@ -30,6 +33,7 @@ def find(
     """
     mask = rows.mask if where is None else rows.matching(parse(where))
     live = rows.live if where is None else int(np.count_nonzero(mask))
+    k = min(k, max(live, 1))
     chosen = _effort(rows, recall, effort) if where is None or recall is not None or effort is not None else None
     structure = None if chosen is None or live < _FILTER_SHARE * rows.live else rows.structure()
     if structure is None or chosen is None:
@@ -48,7 +52,7 @@ def _effort(rows: Rows, recall: float | None, effort: int | None) -> int | None:
     """Return the effort for the structure; None for an exact search."""
     if rows.optimization is None or rows.optimization.file is None:
         return None
-    return rows.optimization.effort(recall) if effort is None else effort
+    return rows.optimization.effort(recall) if effort is None else min(int(effort), _MOST_EFFORT)
 
 
 def _approximate(
@@ -112,7 +116,8 @@ def checked_recall(recall: float | None, effort: int | None) -> None:
     """
     if recall is not None and effort is not None:
         raise ConfigError("give recall or effort, not both")
-    if recall is not None and not (isinstance(recall, int | float) and 0 < recall <= 1):
+    number = isinstance(recall, int | float | np.number) and not isinstance(recall, bool)
+    if recall is not None and not (number and 0 < recall <= 1):
         raise ConfigError(f"recall must be a number above 0 and at most 1; got {recall!r}")
     if effort is not None and (isinstance(effort, bool) or not isinstance(effort, int | np.integer) or effort < 1):
         raise ConfigError(f"effort must be a whole number of at least 1; got {effort!r}")
