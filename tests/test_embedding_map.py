@@ -1,6 +1,7 @@
 """The map: a page that stands alone, holds what it says, and is the same for the same index and seed."""
 
 import base64
+import html
 import io
 import json
 import re
@@ -122,6 +123,15 @@ def test_text_of_the_index_cannot_leave_the_data(tmp_path: Path) -> None:
     assert data["groups"] == ["b", evil]
 
 
+@pytest.mark.parametrize("label", ["{{data}}", "{{about}}", "{{title}}", "{{other}}", r"\g<0>\1"])
+def test_a_label_that_looks_like_a_place_of_the_template_is_text(tmp_path: Path, label: str) -> None:
+    with filled(tmp_path / "i", bunches(2, 3), [{label: "x"}] * 6) as index:
+        map_index(index, tmp_path / "x.html", "pca", label=label)
+    text = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert text.count(f"Map of 6 entries by {html.escape(label)}<") == 2  # title and heading
+    assert data_of(tmp_path / "x.html")["label"] == label
+
+
 def test_the_page_needs_nothing_from_outside_and_says_what_to_do_without_scripts(tmp_path: Path) -> None:
     with filled(tmp_path / "i", bunches(2, 3)) as index:
         map_index(index, tmp_path / "x.html")
@@ -181,6 +191,28 @@ def test_a_number_of_many_values_is_shown_in_ranges(tmp_path: Path) -> None:
     assert counts[:7].min() >= 4
     assert counts[:7].max() <= 6
     assert data["group"][-1] == 7
+
+
+def test_numbers_beyond_what_a_float_can_be_are_texts(tmp_path: Path) -> None:
+    numbers = [10**400 + number for number in range(9)]
+    data = labelled(tmp_path, [*numbers, 1, 2.5])
+    assert set(data["groups"]) == {*map(str, numbers), "1", "2.5"}
+    assert data["values"][0] == str(10**400)
+
+
+def test_numbers_that_are_one_float_are_texts(tmp_path: Path) -> None:
+    data = labelled(tmp_path, [2**62 + number for number in range(9)])
+    assert set(data["groups"]) == {str(2**62 + number) for number in range(9)}
+    assert len(set(data["group"])) == 9
+
+
+@pytest.mark.parametrize(("first", "step"), [(1_700_000_000, 86_400), (1_700_000_000_123, 1), (0.123456789, 1e-9)])
+def test_the_legend_tells_large_and_close_numbers_apart(tmp_path: Path, first: float, step: float) -> None:
+    numbers = [first + step * number for number in range(30)]
+    data = labelled(tmp_path, numbers)
+    edges = [float(edge) for name in data["groups"] for edge in name.split(" to ")]
+    assert len(set(edges)) == 8
+    assert (edges[0], edges[-1]) == pytest.approx((numbers[0], numbers[-1]), rel=1e-9, abs=0)
 
 
 def test_a_few_numbers_are_values_like_others(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from PIL import Image
 from vitembed.errors import ConfigError, VitembedError
 from vitembed.gallery import Row, cluster_rows, contact_sheet, group_rows, search_rows, thumbnail
 from vitembed.index import Hit, Index, Record
-from vitembed.index.groups import Cluster, Clustering, DuplicateGroup
+from vitembed.index.clusters import Cluster, Clustering
+from vitembed.index.duplicates import DuplicateGroup
 
 
 class Sheet(HTMLParser):
@@ -130,12 +131,12 @@ def test_a_picture_is_turned_upright(tmp_path: Path) -> None:
     assert image[90:, :, 2].max() < 50
 
 
-def test_queries_may_be_pictures_ids_entries_vectors_and_several_of_them(tmp_path: Path) -> None:
+def test_queries_may_be_pictures_entries_vectors_and_several_of_them(tmp_path: Path) -> None:
     paths = {colour: picture(tmp_path / f"{colour}.png", colour) for colour in ("red", "lime", "blue")}
     with Index.create(tmp_path / "i", 2) as index:
         index.add(["the id"], np.array([[1.0, 0.0]]), [{"path": paths["red"]}])
         queries = [
-            "the id",
+            index.get("the id"),
             paths["lime"],
             Path(paths["blue"]),
             Image.new("RGB", (9, 9), "red"),
@@ -143,10 +144,10 @@ def test_queries_may_be_pictures_ids_entries_vectors_and_several_of_them(tmp_pat
             np.array([1.0, 0.0]),
             Record("record", np.array([1.0, 0.0], np.float32), {"path": paths["lime"]}),
             hit("hit", paths["blue"]),
-            ("the id", Path(paths["lime"])),
+            (index.get("the id"), Path(paths["lime"])),
         ]
         found = index.search(np.array([[1.0, 0.0]] * len(queries)), 1)
-        assert contact_sheet(tmp_path / "x.html", search_rows(queries, found), "x", index=index) == 0
+        assert contact_sheet(tmp_path / "x.html", search_rows(queries, found), "x") == 0
     asked = [cell for cell in Sheet(tmp_path / "x.html").cells if cell["query"] == "True"]
     colours = [tuple((np.asarray(shown(c["src"]))[0, 0] > 128).tolist()) if c["src"] else None for c in asked]
     red, lime, blue, white = (True, False, False), (False, True, False), (False, False, True), (True, True, True)
@@ -156,7 +157,18 @@ def test_queries_may_be_pictures_ids_entries_vectors_and_several_of_them(tmp_pat
     assert [asked[6]["text"], asked[7]["text"]] == ["record", "hit"]
 
 
-def test_a_query_that_is_a_path_is_found_without_an_index_and_a_missing_one_is_no_error(tmp_path: Path) -> None:
+def test_a_path_is_a_picture_whatever_an_index_calls_its_entries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(tmp_path / "cat.png", "blue")
+    red = picture(tmp_path / "photos" / "cat.png", "red")
+    monkeypatch.chdir(tmp_path)
+    contact_sheet("x.html", search_rows(["cat.png", Path("cat.png")], [[hit("cat.png", red)]] * 2), "x")
+    colours = [shown(cell["src"]).getpixel((5, 5)) for cell in Sheet(tmp_path / "x.html").cells]
+    assert [max(range(3), key=colour.__getitem__) for colour in colours] == [2, 0, 2, 0]  # type: ignore[union-attr,arg-type]
+
+
+def test_a_query_that_is_a_path_is_found_and_a_missing_one_is_no_error(tmp_path: Path) -> None:
     rows = search_rows([picture(tmp_path / "a.png"), "nowhere.png"], [[], []])
     assert contact_sheet(tmp_path / "x.html", rows, "x") == 1
     sheet = Sheet(tmp_path / "x.html")

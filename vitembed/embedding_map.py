@@ -12,11 +12,12 @@ import itertools
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import import_module
+from importlib import import_module, resources
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from vitembed.errors import DataError, MissingExtraError, unknown_name
 from vitembed.files import atomic_path
 from vitembed.gallery import path_of, thumbnail
 from vitembed.index import Index, Records
-from vitembed.index.groups import sample
+from vitembed.index.clusters import sample
 from vitembed.index.vectors import FloatArray
 
 METHODS = ("pca", "tsne", "umap")
@@ -205,10 +206,10 @@ def _grouped(records: Records, key: str) -> _Groups:
         there = ", ".join(map(repr, keys[:10])) or "none"
         raise DataError(f"the metadata of no entry have the label {key!r}; the keys that there are: {there}")
     values = [metadata.get(key) for metadata in records.metadata]
-    known = [value for value in values if value is not None]
-    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in known)
-    if numeric and len(set(known)) > len(_SCALE):
-        return _ranges(values, known)
+    numbers = [_number(value) for value in values]
+    found = {number for number in numbers if number is not None}
+    if len(found) > len(_SCALE) and numbers.count(None) == values.count(None):
+        return _ranges(values, numbers)
     texts = [_NONE if value is None else value if isinstance(value, str) else json.dumps(value) for value in values]
     counts = Counter(text for text, value in zip(texts, values, strict=True) if value is not None)
     names = [name for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
@@ -224,16 +225,33 @@ def _grouped(records: Records, key: str) -> _Groups:
     return _Groups(names, styles, groups, texts).with_none()
 
 
-def _ranges(values: Sequence[Any], known: Sequence[float]) -> _Groups:
-    """Return ranges of a number that hold as equally many entries as can be."""
-    edges = np.unique(np.quantile(np.array(known, np.float64), np.linspace(0, 1, len(_SCALE) + 1), method="lower"))
-    names = [f"{low:.6g} to {high:.6g}" for low, high in itertools.pairwise(edges.tolist())]
+def _number(value: Any) -> float | None:
+    """Return a value as a float; None if it is no number or beyond what a float can be."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
+def _ranges(values: Sequence[Any], numbers: Sequence[float | None]) -> _Groups:
+    """Return ranges of a number that hold as equally many entries as can be; None belongs to none."""
+    known = np.array([number for number in numbers if number is not None])
+    edges = np.unique(np.quantile(known, np.linspace(0, 1, len(_SCALE) + 1), method="lower"))
+    names = [f"{_shown(low)} to {_shown(high)}" for low, high in itertools.pairwise(edges.tolist())]
     last = len(names) - 1
     groups = [
-        len(names) if value is None else min(last, int(np.searchsorted(edges, value, "right")) - 1) for value in values
+        len(names) if number is None else min(last, int(np.searchsorted(edges, number, "right")) - 1)
+        for number in numbers
     ]
     texts = [_NONE if value is None else json.dumps(value) for value in values]
     return _Groups(names, [(colour, _SHAPES[0]) for colour in _SCALE[: len(names)]], groups, texts).with_none()
+
+
+def _shown(number: float) -> str:
+    """Return a number as text: a whole one, such as a time in milliseconds, with all its digits."""
+    return str(int(number)) if number.is_integer() and abs(number) < 2**53 else f"{number:.10g}"
 
 
 def _pictures(records: Records) -> tuple[list[str], int]:
@@ -307,152 +325,8 @@ def _page(data: dict[str, Any], report: MapReport, about: str) -> str:
     if data["label"] is not None:
         title += f" by {data['label']}"
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # ASCII, so that no character is special
-    title, about = html.escape(title), html.escape(about)
-    return _TEMPLATE.replace("{{title}}", title).replace("{{about}}", about).replace("{{data}}", text)
-
-
-# Everything that comes from the index is shown with `textContent`, and the policy lets nothing be loaded.
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{{title}}</title>
-<style>
-:root { color-scheme: light dark; --ink: #1f2328; --faint: #6b7280; --line: #d9dce1; --page: #fff; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --faint: #a0a6ad; --line: #3a3f45; --page: #16181b; } }
-html, body { height: 100%; margin: 0; } h1 { font-size: 1.2rem; margin: 0; } p { margin: .1rem 0 0; }
-body { display: flex; flex-direction: column; font: 15px/1.45 system-ui, sans-serif; color: var(--ink);
-  background: var(--page); }
-header { padding: .7rem 1rem .6rem; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-header p { color: var(--faint); font-size: .85rem; }
-main { flex: 1; min-height: 0; display: flex; } #stage { flex: 1; min-width: 0; position: relative; overflow: hidden; }
-canvas { position: absolute; inset: 0; width: 100%; height: 100%; cursor: crosshair; touch-action: none; }
-#legend { max-width: min(14rem, 40vw); overflow-y: auto; padding: .5rem; border-left: 1px solid var(--line);
-  font-size: .82rem; } #legend:empty { display: none; }
-#legend button { display: block; width: 100%; padding: .12rem .3rem; border: 0; background: none; color: inherit;
-  font: inherit; text-align: left; cursor: pointer; overflow-wrap: anywhere; } #legend .off { opacity: .35; }
-#tip { position: absolute; display: none; max-width: 15rem; padding: .4rem; border: 1px solid var(--line);
-  border-radius: 4px; background: var(--page); font-size: .8rem; pointer-events: none; overflow-wrap: anywhere; }
-#tip img { display: block; width: 9rem; height: 9rem; object-fit: contain; margin-bottom: .2rem; }
-noscript { padding: 1rem; }
-</style>
-</head>
-<body>
-<header><h1>{{title}}</h1><p>{{about}} Wheel or pinch zooms, dragging moves, a double click goes back.</p></header>
-<noscript>A script in this page draws the map; allow it to run to see the points.</noscript>
-<main><div id="stage"><canvas></canvas><div id="tip"><img alt=""><div></div></div></div><div id="legend"></div></main>
-<script type="application/json" id="data">{{data}}</script>
-<script>
-"use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-const stage = document.getElementById("stage"), canvas = stage.querySelector("canvas"), pen = canvas.getContext("2d");
-const tip = document.getElementById("tip"), picture = tip.querySelector("img"), words = tip.querySelector("div");
-const hidden = new Set(), fingers = new Map(), dark = matchMedia("(prefers-color-scheme: dark)");
-let view = { x: 0.5, y: 0.5, zoom: 1 }, chosen = -1, width = 0, height = 0;
-
-const scale = () => 0.92 * Math.min(width, height) * view.zoom;
-const screenX = (i) => (data.points[i][0] - view.x) * scale() + width / 2;
-const screenY = (i) => (data.points[i][1] - view.y) * scale() + height / 2;
-const radius = () => Math.min(9, (data.ids.length > 1500 ? 2.6 : 4) * Math.pow(view.zoom, 0.3));
-
-function mark(x, y, r, shape) {
-  pen.beginPath();
-  if (shape === "■") pen.rect(x - 0.88 * r, y - 0.88 * r, 1.76 * r, 1.76 * r);
-  else if (shape === "▲") { pen.moveTo(x, y - 1.2 * r); pen.lineTo(x + 1.1 * r, y + 0.8 * r);
-    pen.lineTo(x - 1.1 * r, y + 0.8 * r); pen.closePath(); }
-  else pen.arc(x, y, r, 0, 7);
-}
-
-function draw() {
-  const dots = devicePixelRatio || 1, r = radius();
-  width = stage.clientWidth; height = stage.clientHeight;
-  canvas.width = width * dots; canvas.height = height * dots;
-  pen.scale(dots, dots);
-  for (let i = 0; i < data.ids.length; i++) {
-    const x = screenX(i), y = screenY(i);
-    if (hidden.has(data.group[i]) || x < -9 || y < -9 || x > width + 9 || y > height + 9) continue;
-    const [colour, shape] = data.styles[data.group[i]];
-    pen.globalAlpha = 0.8; pen.fillStyle = colour;
-    mark(x, y, r, shape); pen.fill();
-  }
-  pen.globalAlpha = 1;
-  if (chosen >= 0) {
-    pen.lineWidth = 2; pen.strokeStyle = getComputedStyle(document.body).color;
-    mark(screenX(chosen), screenY(chosen), r + 3, "●"); pen.stroke();
-  }
-}
-
-function point(x, y) {
-  let best = 16 * 16, found = -1;
-  for (let i = 0; i < data.ids.length; i++) {
-    const d = (screenX(i) - x) ** 2 + (screenY(i) - y) ** 2;
-    if (d < best && !hidden.has(data.group[i])) { best = d; found = i; }
-  }
-  if (found === chosen) return;
-  chosen = found; draw();
-  tip.style.display = found < 0 ? "none" : "block";
-  if (found < 0) return;
-  picture.style.display = data.pictures[found] ? "block" : "none";
-  if (data.pictures[found]) picture.src = "data:image/jpeg;base64," + data.pictures[found];
-  words.textContent = data.ids[found];
-  if (data.label !== null) words.append(document.createElement("br"), data.label + ": " + data.values[found]);
-  const left = screenX(found) + 14, top = screenY(found) + 14;
-  tip.style.left = Math.max(0, left + tip.offsetWidth > width ? left - 28 - tip.offsetWidth : left) + "px";
-  tip.style.top = Math.max(0, Math.min(top, height - tip.offsetHeight)) + "px";
-}
-
-function zoom(factor, x, y) {
-  const before = scale();
-  view.zoom = Math.min(2000, Math.max(0.5, view.zoom * factor));
-  view.x += (x - width / 2) * (1 / before - 1 / scale());
-  view.y += (y - height / 2) * (1 / before - 1 / scale());
-}
-
-function moved(event) {
-  const box = canvas.getBoundingClientRect(), now = [event.clientX - box.left, event.clientY - box.top];
-  const before = fingers.get(event.pointerId);
-  if (!before) return point(...now);
-  const other = [...fingers].find(([id]) => id !== event.pointerId);
-  if (other) {
-    const apart = (a) => Math.max(1, Math.hypot(a[0] - other[1][0], a[1] - other[1][1]));
-    zoom(apart(now) / apart(before), (now[0] + other[1][0]) / 2, (now[1] + other[1][1]) / 2);
-  } else { view.x -= (now[0] - before[0]) / scale(); view.y -= (now[1] - before[1]) / scale(); }
-  fingers.set(event.pointerId, now); forget();
-}
-
-function forget() { chosen = -1; tip.style.display = "none"; draw(); }
-
-canvas.addEventListener("pointerdown", (event) => {
-  const box = canvas.getBoundingClientRect(), at = [event.clientX - box.left, event.clientY - box.top];
-  point(...at); fingers.set(event.pointerId, at); canvas.setPointerCapture(event.pointerId);
-});
-canvas.addEventListener("pointermove", moved);
-for (const end of ["pointerup", "pointercancel"]) canvas.addEventListener(end, (e) => fingers.delete(e.pointerId));
-canvas.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") forget(); });
-canvas.addEventListener("dblclick", () => { view = { x: 0.5, y: 0.5, zoom: 1 }; forget(); });
-canvas.addEventListener("wheel", (event) => {
-  event.preventDefault();
-  const box = canvas.getBoundingClientRect();
-  zoom(Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.0015)), event.clientX - box.left, event.clientY - box.top);
-  forget();
-}, { passive: false });
-data.groups.forEach((name, number) => {
-  const button = document.createElement("button"), sign = document.createElement("span");
-  sign.textContent = data.styles[number][1] + " "; sign.style.color = data.styles[number][0];
-  button.append(sign, name + " (" + data.group.filter((group) => group === number).length + ")");
-  button.addEventListener("click", () => {
-    button.classList.toggle("off");
-    if (!hidden.delete(number)) hidden.add(number);
-    forget();
-  });
-  document.getElementById("legend").append(button);
-});
-new ResizeObserver(forget).observe(stage);
-dark.addEventListener("change", draw);
-</script>
-</body>
-</html>
-"""
+    values = {"title": html.escape(title), "about": html.escape(about), "data": text}
+    # Everything that comes from the index is shown with `textContent`, and the page's policy lets nothing be loaded.
+    template = resources.files("vitembed").joinpath("embedding_map.html").read_text("utf-8")
+    # All at once, for a value may hold the name of another one.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)

@@ -19,16 +19,20 @@ from PIL import Image
 from vitembed.errors import ConfigError, ImageError
 from vitembed.files import atomic_path
 from vitembed.images import ImageSource, load_image
-from vitembed.index import Hit, Index, Record
-from vitembed.index.groups import Clustering, DuplicateGroup
+from vitembed.index import Hit, Record
+from vitembed.index.clusters import Clustering
+from vitembed.index.duplicates import DuplicateGroup
 from vitembed.report import Page, Tile
 
 Query: TypeAlias = str | os.PathLike[str] | Image.Image | npt.NDArray[Any] | Record | Hit
-"""What a search was made with: an image as a path, a PIL image or an array of pixels; the id of an entry, or the entry
-itself; or a vector (dim,)."""
+"""What a search was made with: an image as a path, a PIL image or an array of pixels; an entry, as `Index.get` returns
+it; or a vector (dim,)."""
 
 PICTURES = 2_000
 """Pictures in one sheet; some 6 kB each."""
+
+PER_ROW = 24
+"""Hits shown of a row."""
 
 _SIDE = 160  # pixels: twice what a tile measures, for screens of high density
 _THREADS = 4  # that read pictures, each with a whole one in memory
@@ -95,8 +99,7 @@ def contact_sheet(
     title: str,
     *,
     note: str = "",
-    index: Index | None = None,
-    per_row: int = 24,
+    per_row: int = PER_ROW,
     limit: int = PICTURES,
 ) -> int:
     """Write rows of thumbnails as one HTML file that works offline, wholly or not at all.
@@ -106,7 +109,6 @@ def contact_sheet(
         rows: see `search_rows`, `group_rows` and `cluster_rows`.
         title: of the page.
         note: a line below the title.
-        index: where queries that are ids are looked up; any other string is taken for the path of an image.
         per_row: hits shown of a row; the number of the others is said.
         limit: pictures in all; rows beyond them are left out, and their number is said.
 
@@ -117,30 +119,43 @@ def contact_sheet(
         ConfigError: `per_row` or `limit` is less than 1.
         VitembedError: the file cannot be written.
     """
+    with atomic_path(out) as temporary:
+        text, missing = draw_sheet(rows, title, note=note, per_row=per_row, limit=limit)
+        temporary.write_bytes(text.encode())
+    return missing
+
+
+def draw_sheet(
+    rows: Iterable[Row], title: str, *, note: str = "", per_row: int = PER_ROW, limit: int = PICTURES
+) -> tuple[str, int]:
+    """Return the HTML of a contact sheet, and how many pictures could not be shown; as `contact_sheet` otherwise.
+
+    Raises:
+        ConfigError: `per_row` or `limit` is less than 1.
+    """
     for name, value in (("per_row", per_row), ("limit", limit)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} must be a whole number of at least 1; got {value!r}")
     page = Page(_text(title))
     if note:
         page.paragraph(_text(note))
-    with atomic_path(out) as temporary, ThreadPoolExecutor(_THREADS) as pool:
-        known = functools.lru_cache(_KEPT)(thumbnail)
-        remaining, missing, left_out = limit, 0, 0
+    known = functools.lru_cache(_KEPT)(thumbnail)
+    remaining, missing, left_out = limit, 0, 0
+    with ThreadPoolExecutor(_THREADS) as pool:
         for row in rows:
             if remaining <= len(row.queries):
                 left_out += 1
                 continue
             shown = row.hits[: min(per_row, remaining - len(row.queries))]
-            tiles = [_query_tile(query, known, index) for query in row.queries]
+            tiles = [_query_tile(query, known) for query in row.queries]
             tiles += pool.map(lambda hit: _entry_tile(hit, known, hit.score), shown)
             remaining -= len(tiles)
             missing += sum(isinstance(tile.image, str) and tile.image != _VECTOR for tile in tiles)
             _add(page, row, tiles, len(row.hits) - len(shown))
-        if remaining == limit:
-            page.paragraph("There is nothing to show.")
-        _close(page, missing, left_out)
-        page.write(temporary)
-    return missing
+    if remaining == limit:
+        page.paragraph("There is nothing to show.")
+    _close(page, missing, left_out)
+    return page.html(), missing
 
 
 def thumbnail(source: ImageSource, side: int = _SIDE) -> Image.Image | str:
@@ -177,9 +192,7 @@ def _close(page: Page, missing: int, left_out: int) -> None:
         page.paragraph(f"{missing:,} picture{'s' if missing > 1 else ''} could not be shown.", faint=True)
 
 
-def _query_tile(query: Query, known: Callable[[str], _Picture], index: Index | None) -> Tile:
-    if isinstance(query, str) and index is not None and query in index:
-        query = index.get(query)
+def _query_tile(query: Query, known: Callable[[str], _Picture]) -> Tile:
     if isinstance(query, Record | Hit):
         return _entry_tile(query, known, None)
     if isinstance(query, str | os.PathLike):

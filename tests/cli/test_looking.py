@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from typer.testing import CliRunner
 
 from vitembed.cli import looking
 from vitembed.errors import DataError, SearchIndexError, VitembedError
-from vitembed.index import Index
-from vitembed.index.groups import cluster, near_duplicates
+from vitembed.index import Index, Records, duplicates
+from vitembed.index.clusters import cluster
+from vitembed.index.duplicates import near_duplicates
+from vitembed.index.reading import RewrittenError
+from vitembed.index.rows import Rows
 
 app = typer.Typer()
 app.command()(looking.duplicates)
@@ -104,6 +108,7 @@ def test_a_file_in_a_missing_folder_is_told_before_the_work_starts(
         raise AssertionError("the work has started")
 
     monkeypatch.setattr(Index, "stream", never)
+    monkeypatch.setattr(Rows, "frozen", never)
     with pytest.raises(VitembedError, match="no folder"):
         call(*(part.format(i=index) for part in command), tmp_path / "missing" / "x.html")
 
@@ -116,6 +121,41 @@ def test_errors_of_the_library_come_through_and_leave_no_file(index: Path, tmp_p
     assert call("duplicates", index, "--score", "2").exit_code == 2
     assert not list(tmp_path.glob("*.html"))
     assert not list(tmp_path.glob(".x*"))
+
+
+def test_groups_show_how_far_they_are_on_standard_error_and_nothing_of_it_in_json(index: Path) -> None:
+    for name in ("duplicates", "cluster"):
+        done = call(name, index, "--json")
+        assert "100%" in done.stderr
+        json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("command", [["duplicates", "--html"], ["cluster", "--html"], ["map", "--out"]])
+def test_an_index_that_another_process_compacts_meanwhile_is_told_in_one_line(
+    index: Path, tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Index.open(index) as opened:
+        opened.add(["red/0"], opened.get("red/0").vector[None])
+
+    def compact() -> None:
+        monkeypatch.undo()
+        with Index.open(index) as other:
+            assert other.compact() == 1
+
+    whole, distinct = Index.stream, duplicates._first_rows
+
+    def streaming(self: Index) -> Iterator[Records]:
+        batches = whole(self, 5)
+        yield next(batches)
+        compact()
+        yield from batches
+
+    monkeypatch.setattr(Index, "stream", streaming)
+    monkeypatch.setattr(duplicates, "_first_rows", lambda source: (compact(), distinct(source))[1])
+    with pytest.raises(RewrittenError) as caught:
+        call(command[0], index, command[1], tmp_path / "x.html")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "x.html").exists()
 
 
 @pytest.mark.parametrize("name", ["duplicates", "cluster", "map"])

@@ -1,5 +1,7 @@
 """`search` with images, entries, vectors and filters, and `index optimize`, `compact` and `check --repair`."""
 
+import base64
+import io
 import json
 import re
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Outcome, Runner
+from vitembed.cli import searching
 from vitembed.index import Index, combined
 
 VECTORS = np.random.default_rng(0).standard_normal((1_200, 8)).astype(np.float32)
@@ -70,7 +73,55 @@ def test_a_page_shows_the_queries_and_their_hits(cli: Runner, place: Path, tmp_p
         for name in ("id0", "id1", *(hit.id for hit in index.search(VECTORS[0], 4)[0][1:])):
             assert name in page
     assert page.count("data:image") >= 2
-    assert "could not be shown" in outcome.err
+    assert re.search(r"warning: [2-9] pictures could not be shown; the page says why\n", outcome.err)
+
+
+def test_a_page_shows_the_image_that_was_searched_with_and_not_the_entry_of_that_name(
+    cli: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Model:
+        fingerprint = "model"
+
+        def encode(self, images: list[Path]) -> np.ndarray:
+            return VECTORS[[5] * len(images)]
+
+    monkeypatch.setattr(searching, "open_model", lambda *_: Model())
+    monkeypatch.setattr(searching, "find_model", lambda *_: "model")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (300, 300), "red").save("photos/cat.png")
+    Image.new("RGB", (300, 300), "blue").save("cat.png")
+    with Index.create("i", 8, "model") as index:
+        index.add(["cat.png"], VECTORS[:1], [{"path": str(tmp_path / "photos" / "cat.png")}])
+    assert cli("search", "i", "./cat.png", "--html", "x.html").status == 0
+    assert pixels(Path("x.html")) == ["blue", "red"]
+    assert cli("search", "i", "cat.png", "--id", "cat.png", "--together", "--html", "x.html").status == 0
+    assert pixels(Path("x.html")) == ["red", "blue"]
+
+
+def pixels(page: Path) -> list[str]:
+    """Return whether the pictures of a page are red or blue."""
+    data = [base64.b64decode(text) for text in re.findall(r'base64,([^"]+)"', page.read_text(encoding="utf-8"))]
+    images = [Image.open(io.BytesIO(one)).convert("RGB") for one in data]
+    return ["red" if np.asarray(image)[5, 5, 0] > 128 else "blue" for image in images]
+
+
+def test_a_page_names_vectors_and_takes_them_for_no_pictures(cli: Runner, place: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "q.npy", VECTORS[:2])
+    outcome = cli("search", place, "--vectors", tmp_path / "q.npy", "-k", 1, "--html", tmp_path / "x.html")
+    assert (outcome.status, outcome.err) == (0, "")
+    page = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert page.count("a vector, no picture") == 2
+    assert [f"{tmp_path / 'q.npy'}[{row}]</h2>" in page for row in (0, 1, 2)] == [True, True, False]
+
+
+def test_no_hits_are_told_apart(cli: Runner, tmp_path: Path) -> None:
+    np.save(tmp_path / "q.npy", VECTORS[0])
+    with Index.create(tmp_path / "i", 8) as index:
+        assert "[0]: the index is empty" in cli("search", tmp_path / "i", "--vectors", tmp_path / "q.npy").out
+        index.add(["only"], VECTORS[:1])
+    assert cli("search", tmp_path / "i", "--id", "only").out == "only: no other entry\n"
+    assert cli("search", tmp_path / "i", "--id", "only", "--where", "x=1").out == "only: no entry matches\n"
 
 
 @pytest.mark.parametrize(
@@ -95,7 +146,7 @@ def test_an_index_is_optimised_compacted_checked_and_repaired(cli: Runner, place
     chosen = cli("index", "optimize", place, "--kind", "ivf", "--recall", 0.8, "--memory", "1.5MB", "--json")
     assert chosen.status == 0, chosen.err
     assert (chosen.json["kind"], chosen.json["entries"]) == ("ivf", 1_200)
-    assert cli("index", "info", place, "--json").json["searched by"] == "ivf"
+    assert cli("index", "info", place, "--json").json["structure"] == "ivf"
     assert "effort, recall and ms" in cli("index", "optimize", place, "--kind", "ivf", "--recall", 0.7).out
     [file] = place.glob("structure-*.faiss")
     file.write_bytes(b"no structure")

@@ -77,6 +77,19 @@ def test_an_existing_export_is_replaced_only_when_asked(cli: Runner, photos: Pat
     assert cli("index", "export", photos, tmp_path / out, "--overwrite", "--json").json["rows"] == 3
 
 
+def test_an_empty_folder_is_imported_into_and_stays_after_an_error(cli: Runner, photos: Path, tmp_path: Path) -> None:
+    cli("index", "export", photos, tmp_path / "x-faiss")
+    (tmp_path / "mine").mkdir()
+    np.save(tmp_path / "v.npy", VECTORS * 3)
+    (tmp_path / "ids.txt").write_text("\n".join(NAMES), encoding="utf-8")
+    failed = cli("index", "import", tmp_path / "mine", tmp_path / "v.npy", "--ids", tmp_path / "ids.txt")
+    assert (failed.status, failed.err.count("\n")) == (2, 1)
+    assert list((tmp_path / "mine").iterdir()) == []
+    done = cli("index", "import", tmp_path / "mine", tmp_path / "x-faiss")
+    assert done.status == 0, done.err
+    assert content(tmp_path / "mine") == content(photos)
+
+
 def test_vectors_of_numpy_come_with_a_file_of_ids(cli: Runner, tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", VECTORS * 3)
     (tmp_path / "ids.txt").write_text("\n".join(NAMES), encoding="utf-8")

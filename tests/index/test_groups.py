@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from vitembed.errors import ConfigError
-from vitembed.index import Index, groups
-from vitembed.index.groups import cluster, near_duplicates, sample
+from vitembed.index import Index, clusters, duplicates
+from vitembed.index.clusters import cluster, sample
+from vitembed.index.duplicates import near_duplicates
+from vitembed.index.exact import pair_scores
+from vitembed.index.reading import RewrittenError
 
 DIM = 8
 
@@ -110,23 +113,82 @@ def test_entries_with_the_same_vector_belong_together_at_any_score(tmp_path):
     with filled(tmp_path / "x", [f"{number:03}" for number in range(200)], vectors) as index:
         (group,) = near_duplicates(index, 1.0)
     assert [hit.id for hit in group.members] == ["007", "050", "051", "052"]
-    assert (group.representative, group.weakest) == ("007", 1.0)
+    assert (group.representative, group.weakest) == ("007", pytest.approx(0.9995**2, abs=1e-6))
 
 
-def test_batches_of_searches_shrink_where_there_are_many_hits_and_the_answer_stays(tmp_path, monkeypatch):
-    vectors = np.concatenate([around(unit(2, 6), 40, 0.05, seed=7), unit(40, 8)])
-    ids = [f"{number:03}" for number in range(len(vectors))]
+@pytest.mark.parametrize(("rows", "others"), [(1, 1), (7, 9), (16, 64), (1_024, 4_096)])
+def test_the_size_of_the_blocks_changes_nothing(tmp_path, monkeypatch, rows, others):
+    vectors = np.concatenate([around(unit(3, 6), 14, 0.09, seed=7), unit(20, 8)])
+    vectors[[50, 51]] = vectors[[3, 60]]
+    ids = [f"{number:03}" for number in np.random.default_rng(1).permutation(len(vectors))]
+    monkeypatch.setattr(duplicates, "_ROWS", rows)
+    monkeypatch.setattr(duplicates, "_OTHERS", others)
+    monkeypatch.setattr(duplicates, "_BATCH", rows)
+    expected = plain_groups(ids, vectors, 0.9)
     with filled(tmp_path / "x", ids, vectors) as index:
-        whole = near_duplicates(index, 0.9)
-        sizes = []
-        search = index.search_within
-        monkeypatch.setattr(groups, "_MAX_HITS", 90)
-        monkeypatch.setattr(index, "search_within", lambda rows, score: sizes.append(len(rows)) or search(rows, score))
-        assert near_duplicates(index, 0.9) == whole
-    assert len(whole[0].members) >= 40
-    assert sum(sizes) == len(ids)
-    assert sizes[1] == 2  # 90 hits wanted, 40 for an entry
-    assert max(sizes[1:]) > 2  # and more again where entries have few
+        assert_same_groups(as_tuples(near_duplicates(index, 0.9)), expected)
+        index.remove(ids[10:30])
+        kept = [*range(10), *range(30, len(ids))]
+        expected = plain_groups([ids[number] for number in kept], vectors[kept], 0.9)
+        assert_same_groups(as_tuples(near_duplicates(index, 0.9)), expected)
+
+
+def test_each_pair_is_scored_once(tmp_path, monkeypatch):
+    scored = []
+
+    def counting(vectors, rows, queries, owners):
+        scored.append(len(rows))
+        return pair_scores(vectors, rows, queries, owners)
+
+    monkeypatch.setattr(duplicates, "pair_scores", counting)
+    monkeypatch.setattr(duplicates, "_ROWS", 8)
+    monkeypatch.setattr(duplicates, "_OTHERS", 16)
+    with filled(tmp_path / "x", [f"{number:02}" for number in range(40)], unit(40)) as index:
+        (group,) = near_duplicates(index, -1)
+    assert len(group.members) == 40
+    assert sum(scored) == 40 * 39 // 2 + 40  # and each member with the representative
+
+
+def test_a_representative_is_linked_to_the_most_others_whatever_its_own_length(tmp_path):
+    # Lengths within the tolerance: b is not even at the score with itself, and has a link as everyone has.
+    angles = np.radians([0.0, 0.0, 0.001])
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1) * [[1.0009], [0.9993], [1.0009]]
+    with filled(tmp_path / "x", ["z", "a", "y"], vectors.astype(np.float32)) as index:
+        (group,) = near_duplicates(index, 0.99925)
+    assert group.representative == "a"
+    assert [hit.id for hit in group.members] == ["a", "y", "z"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_pair_at_the_very_score_is_linked_and_one_below_is_not(tmp_path, dtype):
+    vectors = unit(30, 13)
+    with Index.create(tmp_path / "x", DIM, dtype=dtype) as index:
+        index.add([f"{number:02}" for number in range(30)], vectors)
+        best, other = max(
+            (hits[1].score, hits[1].id) for hits in index.search(np.stack([index.get(n).vector for n in index.ids()]))
+        )
+        assert [group.weakest for group in near_duplicates(index, best)] == [best]
+        assert other in {hit.id for hit in near_duplicates(index, best)[0].members}
+        assert near_duplicates(index, float(np.nextafter(best, 2))) == []
+
+
+def test_what_is_removed_meanwhile_is_left_out_and_a_rewritten_index_is_told(tmp_path, monkeypatch):
+    vectors = around(unit(2, 6), 3, 0.02)
+    connect = duplicates._Links.connect
+    with filled(tmp_path / "x", list("abcdef"), vectors) as index, Index.open(tmp_path / "x") as other:
+        meanwhile = [lambda: other.remove(["a", "d", "e"]), other.compact]
+
+        def changing(links, *pairs):
+            meanwhile.pop(0)()
+            connect(links, *pairs)
+
+        monkeypatch.setattr(duplicates._Links, "connect", changing)
+        (group,) = near_duplicates(index, 0.9)
+        assert [hit.id for hit in group.members] == ["b", "c"]
+        with pytest.raises(RewrittenError, match="begin again"):
+            near_duplicates(index, 0.9)
+        meanwhile.append(lambda: None)
+        assert len(near_duplicates(index, 0.9)) == 1
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -148,11 +210,21 @@ def test_a_score_that_is_no_cosine_is_refused(tmp_path, score):
         near_duplicates(index, score)
 
 
-def test_progress_counts_every_entry_once(tmp_path, capsys):
-    with filled(tmp_path / "x", ["a", "b", "c"], unit(2)[[0, 1, 0]]) as index:
+def test_progress_counts_every_pair_once_and_is_shown_only_when_asked_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(duplicates, "_ROWS", 3)
+    monkeypatch.setattr(duplicates, "_OTHERS", 4)
+    with filled(tmp_path / "x", [str(number) for number in range(11)], unit(10)[[*range(10), 3]]) as index:
         near_duplicates(index, progress=True)
-        assert "3/3" in capsys.readouterr().err
+        shown = capsys.readouterr().err
+        assert "55.0/55.0" in shown  # of ten different vectors
+        assert "100%" in shown
         near_duplicates(index)
+        assert capsys.readouterr().err == ""
+        cluster(index, progress=True)
+        shown = capsys.readouterr().err
+        assert "100%" in shown
+        assert "16/16" in shown  # three starts for 2, 3, 4 and 5 clusters and three at the end, then the assignment
+        cluster(index)
         assert capsys.readouterr().err == ""
 
 
@@ -226,8 +298,8 @@ def test_the_seed_decides(tmp_path):
 
 
 def test_centres_learned_from_a_part_serve_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(groups, "LEARNED", 60)
-    monkeypatch.setattr(groups, "_JUDGED", 50)
+    monkeypatch.setattr(clusters, "LEARNED", 60)
+    monkeypatch.setattr(clusters, "_JUDGED", 50)
     vectors = around(unit(5, 1, dim=32), 100, 0.03, seed=2)
     with filled(tmp_path / "x", [str(number) for number in range(500)], vectors) as index:
         found = cluster(index)
@@ -296,7 +368,8 @@ def test_a_sample_is_drawn_by_the_seed_without_repetition_and_in_order_of_the_id
         assert found.metadata == [{"path": f"/pictures/{name}"} for name in found.ids]
 
 
-def test_importing_groups_loads_neither_scikit_learn_nor_faiss():
-    code = "import sys, vitembed.index.groups; print(*{'sklearn', 'faiss', 'torch'} & set(sys.modules))"
+def test_importing_the_modules_loads_neither_scikit_learn_nor_faiss():
+    code = "import sys; from vitembed.index import clusters, duplicates; "
+    code += "print(*{'sklearn', 'faiss', 'torch'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == ""

@@ -492,7 +492,9 @@ def test_a_flipped_bit_in_the_vectors_is_an_error_and_not_a_hit(filled):
     file.write_bytes(content)
     with Index.open(filled) as index:
         for use in (lambda: index.search(unit(1)), lambda: index.get("id38")):
-            with pytest.raises(SearchIndexError, match=r"vector of 'id38' \(row 38\) does not match its checksum; remove this entry"):
+            with pytest.raises(
+                SearchIndexError, match=r"vector of 'id38' \(row 38\) does not match its checksum; remove this entry"
+            ):
                 use()
         assert [problem for problem in index.check() if "checksum" in problem]
 

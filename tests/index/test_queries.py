@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from vitembed.errors import DataError, VectorError
+from vitembed.errors import ConfigError, DataError, VectorError
 from vitembed.index import Index, combined, more_like
+from vitembed.index.queries import search_others
 
 VECTORS = np.random.default_rng(0).standard_normal((50, 6)).astype(np.float32)
 VECTORS /= np.linalg.norm(VECTORS, axis=1, keepdims=True)
@@ -39,6 +40,16 @@ def test_queries_that_make_no_sense_are_refused(index):
             combined(wrong)
     with pytest.raises(DataError, match="not in the index: 'x'"):
         more_like(index, ["x"])
+    for k in (0, -1, True, 2.5):
+        with pytest.raises(ConfigError, match="k must be"):
+            more_like(index, ["id1", "id2"], k)
     for nothing in ([], "id1"):
         with pytest.raises(DataError, match="list of at least one id"):
             more_like(index, nothing)
+
+
+def test_each_query_is_searched_without_its_own_entries_alone(index):
+    found = search_others(index, VECTORS[[4, 7, 9]], [{"id4", "id7"}, set(), {"id9"}], 6)
+    ranked = [[f"id{n}" for n in np.argsort(-(VECTORS @ VECTORS[q]), kind="stable")] for q in (4, 7, 9)]
+    expected = [[n for n in ranked[0] if n not in ("id4", "id7")], ranked[1], ranked[2][1:]]
+    assert [[hit.id for hit in hits] for hits in found] == [names[:6] for names in expected]

@@ -102,8 +102,19 @@ def test_export_then_import_gives_the_same_ids_vectors_and_metadata(tmp_path, in
     with Index.open(tmp_path / "y.index") as copy:
         assert content(copy) == content(index)
         assert copy.check() == []
-        if form == "parquet":
-            assert (copy.dim, copy.fingerprint, copy.location) == (DIM, "model-1", "runs/x")
+        assert (copy.dim, copy.fingerprint, copy.location) == (DIM, "model-1", "runs/x")
+
+
+@pytest.mark.parametrize("form", ["parquet", "faiss"])
+def test_an_index_of_float16_comes_back_as_one(tmp_path, small_batches, form):
+    out = tmp_path / ("x.parquet" if form == "parquet" else "x-faiss")
+    with Index.create(tmp_path / "half.index", DIM, dtype="float16") as half:
+        fill(half, 20)
+        (export_parquet if form == "parquet" else export_faiss)(half, out)
+        index_from(out, tmp_path / "copy.index")
+        with Index.open(tmp_path / "copy.index") as copy:
+            assert (copy.dtype, copy.fingerprint, copy.location) == ("float16", None, None)
+            assert content(copy) == content(half)
 
 
 def test_parquet_is_what_pyarrow_reads_without_us(tmp_path, index, small_batches):
@@ -116,14 +127,21 @@ def test_parquet_is_what_pyarrow_reads_without_us(tmp_path, index, small_batches
     assert table.column("id").to_pylist() == index.ids()
     assert [json.loads(text) for text in table.column("metadata").to_pylist()] == [row[2] for row in content(index)]
     about = json.loads(table.schema.metadata[b"vitembed"])
-    assert about == {"format": 1, "dim": DIM, "fingerprint": "model-1", "location": "runs/x"}
+    assert about == {
+        "format": 1,
+        "dim": DIM,
+        "fingerprint": "model-1",
+        "location": "runs/x",
+        "dtype": "float32",
+    }
     file.close()
 
 
 def test_plain_faiss_finds_in_the_export_what_the_index_finds(tmp_path, index, small_batches):
     fill(index, 60)
     export_faiss(index, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.txt", "ids.jsonl", "index.faiss"]
+    written = ["README.txt", "ids.jsonl", "index.faiss", "index.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == written
     plain = faiss.read_index(str(tmp_path / "out" / "index.faiss"))
     assert (type(plain), plain.ntotal, plain.d, plain.is_trained) == (faiss.IndexFlatIP, 60, DIM, True)
     lines = (tmp_path / "out" / "ids.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
@@ -134,7 +152,7 @@ def test_plain_faiss_finds_in_the_export_what_the_index_finds(tmp_path, index, s
         assert [(hit.id, hit.metadata) for hit in hits] == [(entries[n]["id"], entries[n]["metadata"]) for n in row]
         np.testing.assert_allclose([hit.score for hit in hits], score, atol=1e-6)
     readme = (tmp_path / "out" / "README.txt").read_text(encoding="utf-8")
-    assert readme.count("\n") == 3
+    assert readme.count("\n") == 4
     assert "60 vectors of 6" in readme
     assert '{"id": ..., "metadata": ...}' in readme
     assert "model-1" in readme
@@ -226,6 +244,47 @@ def test_a_renamed_export_comes_back_when_the_new_one_cannot_take_its_name(tmp_p
         export_faiss(index, tmp_path / "out", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "x.index"]
     assert (tmp_path / "out" / "index.faiss").exists()
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_an_export_killed_anywhere_leaves_the_earlier_one_or_the_new_one_after_the_next(tmp_path, index, step):
+    fill(index, 2)
+    export_faiss(index, tmp_path / "out")
+    earlier = (tmp_path / "out" / "index.faiss").read_bytes()
+    index.add(["new"], unit(1, 4))
+    code = (
+        "import os, sys, pathlib, shutil\n"
+        "from vitembed.index import Index\n"
+        "from vitembed.index.exports import export_faiss\n"
+        "calls, rename, rmtree = [], pathlib.Path.rename, shutil.rmtree\n"
+        "def count():\n"
+        "    calls.append(0)\n"
+        "    len(calls) == int(sys.argv[3]) and os.kill(os.getpid(), 9)\n"
+        "def renaming(self, target):\n"
+        "    count()\n"  # 1: the new one is written, and 2: the earlier one is moved
+        "    return rename(self, target)\n"
+        "def removing(path, **options):\n"
+        "    count()\n"  # 3: the new one has its name
+        "    rmtree(path, **options)\n"
+        "pathlib.Path.rename, shutil.rmtree = renaming, removing\n"
+        "export_faiss(Index.open(sys.argv[1]), sys.argv[2], overwrite=True)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, index.path, tmp_path / "out", str(step)], check=False)
+    assert killed.returncode == -9
+    assert (tmp_path / "out").exists() == (step != 2)
+    left = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("."))
+    assert len(left) == (2 if step == 2 else 1)
+    (tmp_path / f"{left[0]}.mine").mkdir()
+    (tmp_path / ".out-01234567").mkdir()
+    (tmp_path / ".out-01234567" / "index.jpg").write_text("mine")
+    with pytest.raises(ConfigError, match="--overwrite"):
+        export_faiss(index, tmp_path / "out")
+    now = (tmp_path / "out" / "index.faiss").read_bytes()
+    assert (now == earlier) == (step != 3)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"x.index", "out", f"{left[0]}.mine", ".out-01234567"}  # what others have made stays
+    assert (tmp_path / ".out-01234567" / "index.jpg").read_text() == "mine"
+    assert export_faiss(index, tmp_path / "out", overwrite=True) == 3
 
 
 # Parquet of others
@@ -397,12 +456,14 @@ def test_normalise_scales_to_unit_length(tmp_path, index):
 def test_another_models_vectors_are_refused(tmp_path, index):
     fill(index, 2)
     export_parquet(index, tmp_path / "x.parquet")
-    with Index.create(tmp_path / "other.index", DIM, "model-2") as other:
-        with pytest.raises(ModelMismatchError, match=r"model-2.*model-1"):
-            import_parquet(other, tmp_path / "x.parquet")
-        assert len(other) == 0
-    with Index.create(tmp_path / "unnamed.index", DIM) as unnamed:
-        assert import_parquet(unnamed, tmp_path / "x.parquet").rows == 2
+    export_faiss(index, tmp_path / "out")
+    for name in ("x.parquet", "out"):
+        with Index.create(tmp_path / f"other {name}", DIM, "model-2") as other:
+            with pytest.raises(ModelMismatchError, match=r"model-2.*model-1"):
+                import_file(other, tmp_path / name)
+            assert len(other) == 0
+        with Index.create(tmp_path / f"unnamed {name}", DIM) as unnamed:
+            assert import_file(unnamed, tmp_path / name).rows == 2
 
 
 @pytest.mark.parametrize(
@@ -412,14 +473,35 @@ def test_another_models_vectors_are_refused(tmp_path, index):
         (b"[1]", "does not name a model"),
         (b'{"format": 1, "fingerprint": 5}', "does not name a model"),
         (b"\xff", "does not name a model"),
+        (b'{"format": 1, "location": []}', "does not name a model"),
+        (b'{"format": 1, "dtype": "float8"}', "does not name a model"),
+        (b'{"format": 1, "dim": 7}', "vectors of 6, and .* says 7"),
         (b'{"format": 2, "fingerprint": "a"}', "has format 2, this vitembed reads 1; upgrade"),
     ],
 )
 def test_a_note_on_the_model_that_is_damaged_or_newer_is_an_error(tmp_path, index, about, words):
     table = pa.table({"id": ["a"], "vector": lists(unit(1))}).replace_schema_metadata({b"vitembed": about})
     parquet.write_table(table, tmp_path / "t.parquet")
-    with pytest.raises(DataError, match=words):
-        import_parquet(index, tmp_path / "t.parquet")
+    fill(index, 3)
+    export_faiss(index, tmp_path / "out")
+    (tmp_path / "out" / "index.json").write_bytes(about)
+    before = content(index)
+    for name in ("t.parquet", "out"):
+        with pytest.raises(DataError, match=words) as caught:
+            import_file(index, tmp_path / name)
+        assert "\n" not in str(caught.value)
+    assert content(index) == before
+
+
+def test_a_folder_of_an_earlier_version_has_no_note_and_comes_in(tmp_path, index):
+    fill(index, 3)
+    export_faiss(index, tmp_path / "out")
+    (tmp_path / "out" / "index.json").unlink()
+    index_from(tmp_path / "out", tmp_path / "new.index")
+    with Index.open(tmp_path / "new.index") as copy:
+        assert content(copy) == content(index)
+        assert (copy.fingerprint, copy.dtype) == (None, "float32")
+    assert export_faiss(index, tmp_path / "out", overwrite=True) == 3
 
 
 def test_damaged_parquet_is_an_error_or_right_and_never_a_wrong_entry(tmp_path, index, small_batches):
@@ -701,3 +783,15 @@ def test_a_new_index_needs_a_free_place_and_a_width(tmp_path, index):
         index_from(nothing, tmp_path / "n.index")
     assert not (tmp_path / "n.index").exists()
     assert import_parquet(index, nothing) == Imported(0)
+
+
+def test_an_empty_folder_becomes_the_index_or_is_empty_again(tmp_path, index):
+    (tmp_path / "mine").mkdir()
+    bad = write_table(tmp_path / "bad.parquet", id=["a"], vector=lists(unit(1) * 3))
+    with pytest.raises(VectorError, match="has length 3"):
+        index_from(bad, tmp_path / "mine")
+    assert list((tmp_path / "mine").iterdir()) == []
+    good = write_table(tmp_path / "good.parquet", id=["a"], vector=lists(unit(1)))
+    assert index_from(good, tmp_path / "mine").rows == 1
+    with Index.open(tmp_path / "mine") as made:
+        assert made.ids() == ["a"]

@@ -1,17 +1,12 @@
 """`vitembed duplicates`, `cluster` and `map`: an index as a whole, in groups and as a picture."""
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from vitembed.cli.indexing import IndexPath
-from vitembed.cli.output import Json, Seed, print_figures, print_json, print_table, warn
-
-if TYPE_CHECKING:
-    from vitembed.gallery import Row
+from vitembed.cli.output import IndexPath, Json, Seed, print_figures, print_json, print_table, write_sheet
 
 SHOWN = 10  # members of a cluster that are printed
 
@@ -35,13 +30,13 @@ def duplicates(
     from vitembed.files import atomic_path
     from vitembed.gallery import group_rows
     from vitembed.index import Index
-    from vitembed.index.groups import near_duplicates
+    from vitembed.index.duplicates import near_duplicates
 
     with Index.open(index) as opened, atomic_path(html) if html else nullcontext() as page:
         groups = near_duplicates(opened, score, progress=True)
         if page:
             note = f"Entries that are connected by pairs of score {score:g} or more; scores are to the first one."
-            _write(page, group_rows(groups), f"Near-duplicates in {index.name}", note)
+            write_sheet(page, group_rows(groups), f"Near-duplicates in {index.name}", note)
     if json:
         print_json({"score": score, "groups": [asdict(group) for group in groups]})
         return
@@ -71,14 +66,13 @@ def cluster(
     from vitembed.files import atomic_path
     from vitembed.gallery import cluster_rows
     from vitembed.index import Index
-    from vitembed.index.groups import cluster as cluster_index
+    from vitembed.index.clusters import cluster as cluster_index
 
     with Index.open(index) as opened, atomic_path(html) if html else nullcontext() as page:
-        found = cluster_index(opened, clusters, seed)
+        found = cluster_index(opened, clusters, seed, progress=True)
         if page:
-            _write(
-                page, cluster_rows(found), f"Clusters of {index.name}", "The nearest to each centre, with their scores."
-            )
+            note = "The nearest to each centre, with their scores."
+            write_sheet(page, cluster_rows(found), f"Clusters of {index.name}", note)
     if json:
         members = [
             {"medoid": one.medoid, "size": len(one.members), "members": [asdict(hit) for hit in one.members]}
@@ -120,12 +114,3 @@ def map_entries(
         print_json(figures)
     else:
         print_figures(figures)
-
-
-def _write(page: Path, rows: "Sequence[Row]", title: str, note: str) -> None:
-    """Write a contact sheet, and say how many of its pictures are missing."""
-    from vitembed.gallery import contact_sheet
-
-    missing = contact_sheet(page, rows, title, note=note)
-    if missing:
-        warn(f"{missing} picture{'s' if missing > 1 else ''} could not be shown; the page says why")

@@ -1,12 +1,16 @@
 """What commands share: common options, printing results, and a warning line."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from vitembed.gallery import Row
+
+IndexPath = Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of everything that is drawn at random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Device = Annotated[
@@ -41,6 +45,24 @@ def print_figures(figures: Mapping[str, object]) -> None:
 def warn(message: str) -> None:
     """Print one line on standard error."""
     typer.echo(f"vitembed: warning: {message}", err=True)
+
+
+def write_sheet(file: Path, rows: "Iterable[Row]", title: str, note: str = "", per_row: int | None = None) -> None:
+    """Write a contact sheet, and say how many of its pictures are missing.
+
+    Args:
+        file: as `vitembed.files.atomic_path` gives it; that it can be written was found out before the work.
+        rows: see `vitembed.gallery`.
+        title: of the page.
+        note: a line below the title.
+        per_row: hits shown of a row.
+    """
+    from vitembed.gallery import PER_ROW, draw_sheet
+
+    text, missing = draw_sheet(rows, title, note=note, per_row=per_row or PER_ROW)
+    file.write_bytes(text.encode())
+    if missing:
+        warn(f"{missing:,} picture{'s' if missing > 1 else ''} could not be shown; the page says why")
 
 
 def _to_text(value: object) -> str:

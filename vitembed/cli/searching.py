@@ -1,5 +1,6 @@
 """`vitembed search`: images, entries or vectors as queries, one by one or all together."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitembed.cli.models import find_model, open_model
-from vitembed.cli.output import Device, Json, print_json, print_table, warn
+from vitembed.cli.output import Device, IndexPath, Json, print_json, print_table, write_sheet
 from vitembed.errors import ConfigError
 from vitembed.files import atomic_path
 
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
     from numpy import float32
     from numpy.typing import NDArray
 
+    from vitembed.gallery import Query, Row
     from vitembed.index import Hit, Index
 
 
 def search(
-    index: Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder.")],
+    index: IndexPath,
     queries: Annotated[list[Path] | None, typer.Argument(metavar="[QUERY]...", help="Images to search with.")] = None,
     ids: Annotated[
         list[str] | None,
@@ -60,39 +62,47 @@ def search(
     if not queries and not ids and vectors is None:
         raise ConfigError("there is nothing to search with; name images, or give --id or --vectors")
     with Index.open(index) as opened, atomic_path(html) if html else nullcontext() as page:
-        names, embedded = _queries(opened, queries or [], ids or [], vectors, model, device)
+        names, shown, embedded = _queries(opened, queries or [], ids or [], vectors, model, device)
         found = _search(opened, embedded, ids or [], together, k, _filter(where or []), recall)
-        asked: list[Any] = [names] if together else names
         if page:
-            _write_page(page, opened, asked, found, k)
+            write_sheet(page, _rows(names, shown, found), f"Search in {index.name}", per_row=k)
+        none = "no entry matches" if where else "no other entry" if len(opened) else "the index is empty"
     if json:
+        asked: Sequence[object] = [names] if together else names
         print_json(
             [{"query": name, "hits": [asdict(hit) for hit in hits]} for name, hits in zip(asked, found, strict=True)]
         )
         return
     for name, hits in zip([" + ".join(names)] if together else names, found, strict=True):
-        typer.echo(f"{name}:" if hits else f"{name}: {'no entry matches' if where else 'the index is empty'}")
+        typer.echo(f"{name}:" if hits else f"{name}: {none}")
         print_table([("", hit.score, hit.id) for hit in hits])
 
 
 def _queries(
     index: "Index", images: list[Path], ids: list[str], vectors: Path | None, model: str | None, device: str | None
-) -> tuple[list[str], "NDArray[float32]"]:
-    """Return a name for each query and the queries' vectors (n, dim): entries, then vectors, then images."""
+) -> "tuple[list[str], list[Query], NDArray[float32]]":
+    """Return the queries' names, what a page shows of them, and their vectors (n, dim).
+
+    Entries come first, then vectors, then images.
+    """
     import numpy as np
 
     from vitembed.index.inputs import checked_vectors
 
-    names, parts = list(ids), [index.get(name).vector[None] for name in ids]
+    entries = [index.get(name) for name in ids]
+    names, parts = list(ids), [entry.vector[None] for entry in entries]
+    shown: list[Query] = [*entries]
     if vectors is not None:
         parts.append(checked_vectors(_read(vectors), index.dim, single=True))
         names += [f"{vectors}[{row}]" for row in range(len(parts[-1]))]
+        shown.extend(parts[-1])
     if images:
         embedder = open_model(find_model(index.path, index.location, model), device)
         index.require_model(embedder.fingerprint)
         parts.append(embedder.encode(images))
         names += [str(image) for image in images]
-    return names, np.concatenate(parts)
+        shown.extend(images)
+    return names, shown, np.concatenate(parts)
 
 
 def _search(
@@ -105,13 +115,12 @@ def _search(
     recall: float | None,
 ) -> "list[list[Hit]]":
     """Return the hits of each query, or of all together; an entry that was searched with is no hit of its own."""
-    from vitembed.index.queries import combined
+    from vitembed.index.queries import combined, search_others
 
-    own = [set(ids)] if together else [{name} for name in ids]
-    queries = combined(vectors)[None] if together else vectors
-    found = index.search(queries, k + (len(ids) if together else bool(ids)), where, recall)
-    own += [set()] * (len(found) - len(own))
-    return [[hit for hit in hits if hit.id not in known][:k] for hits, known in zip(found, own, strict=True)]
+    if together:
+        return search_others(index, combined(vectors)[None], [set(ids)], k, where, recall)
+    own = [{name} for name in ids] + [set[str]()] * (len(vectors) - len(ids))
+    return search_others(index, vectors, own, k, where, recall)
 
 
 def _filter(texts: list[str]) -> dict[str, Any] | None:
@@ -132,9 +141,14 @@ def _read(file: Path) -> Any:
         raise ConfigError(f"{file} is not a .npy file of vectors ({error}); make it with numpy.save") from error
 
 
-def _write_page(page: Path, index: "Index", asked: list[Any], found: "list[list[Hit]]", k: int) -> None:
-    from vitembed.gallery import contact_sheet, search_rows
+def _rows(names: list[str], shown: "list[Query]", found: "list[list[Hit]]") -> "list[Row]":
+    """Return the rows of a page: one for each query, or one for all together."""
+    import numpy as np
 
-    missing = contact_sheet(page, search_rows(asked, found), f"Search in {index.path.name}", index=index, per_row=k)
-    if missing:
-        warn(f"{missing} pictures could not be shown; the page says why")
+    from vitembed.gallery import Row
+
+    if len(found) < len(shown):
+        return [Row(found[0], shown)]
+    # An entry and an image have their names below their pictures.
+    headings = [name if isinstance(query, np.ndarray) else "" for name, query in zip(names, shown, strict=True)]
+    return [Row(hits, [query], text) for hits, query, text in zip(found, shown, headings, strict=True)]

@@ -5,9 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vitembed.cli.output import Json, print_figures, print_json, warn
-
-IndexPath = Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder.")]
+from vitembed.cli.output import IndexPath, Json, print_figures, print_json, warn
 
 
 def export_index(
@@ -33,7 +31,9 @@ def export_index(
 
 
 def import_index(
-    index: Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder; it is made when there is none.")],
+    index: Annotated[
+        Path, typer.Argument(metavar="INDEX", help="The index's folder; it is made when it is missing or empty.")
+    ],
     file: Annotated[
         Path, typer.Argument(help="A .parquet table, a .npy file, a FAISS file, or a folder of `index export`.")
     ],
@@ -61,7 +61,7 @@ def import_index(
     from vitembed.index.transfer import TableColumns, import_file, index_from
 
     columns = TableColumns(id_column, vector_column, metadata_column)
-    if not index.exists():
+    if not index.exists() or (index.is_dir() and not any(index.iterdir())):
         done = index_from(file, index, ids, columns, normalise)
     else:
         with Index.open(index) as opened:

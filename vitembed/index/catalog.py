@@ -319,7 +319,7 @@ class Catalog:
 
     def shrink(self) -> None:
         """Give back what deleted records leave free, unless another process is in the way; only outside of a change."""
-        with suppress(SearchIndexError):
+        with suppress(SearchIndexError), self._db.patient(0):
             self._db.script("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE);")
 
     # Checks

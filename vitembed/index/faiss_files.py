@@ -18,9 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitembed.errors import DataError
-from vitembed.index.sources import Source, batch_rows, mapped_source, reading, required_ids, source_with_lines
+from vitembed.index.sources import (
+    Source,
+    batch_rows,
+    mapped_source,
+    reading,
+    required_ids,
+    source_with_lines,
+    with_note,
+)
 
-VECTORS, IDS = "index.faiss", "ids.jsonl"  # of a FAISS export
+VECTORS, IDS, ABOUT = "index.faiss", "ids.jsonl", "index.json"  # of a FAISS export
 
 # What a part of a FAISS file may take in memory beyond the file's own size.
 _SPARE_BYTES = 1 << 30
@@ -41,6 +49,7 @@ def flat_header(rows: int, dim: int) -> bytes:
 @contextmanager
 def faiss_source(path: Path, ids: Path | None) -> Iterator[Source]:
     """Open a FAISS file: a flat one where it lies, another one through a child process."""
+    about = path / ABOUT
     if path.is_dir():
         if not (path / VECTORS).is_file():
             raise DataError(f"{path} is a folder without {VECTORS}; name a folder of a FAISS export, or a file")
@@ -50,11 +59,22 @@ def faiss_source(path: Path, ids: Path | None) -> Iterator[Source]:
         head = file.read(_FLAT.size)
     if len(head) < _FLAT.size or head[:1] != b"I" or not head[:4].isalnum():
         raise DataError(f"{path} is no FAISS index: it begins with {head[:4]!r}; expected .parquet, .npy or FAISS")
+    with _opened(path, ids, head) as source:
+        if not about.is_file():  # no folder, or one of an earlier version
+            yield source
+            return
+        with reading(about):
+            text = about.read_bytes()
+        yield with_note(source, text, ABOUT)
+
+
+@contextmanager
+def _opened(path: Path, ids: Path, head: bytes) -> Iterator[Source]:
     if head[:4] in _FLAT_KINDS:
         yield mapped_source(path, ids, _flat(path, head))
     else:
-        with _reconstructed(path, ids) as opened:
-            yield opened
+        with _reconstructed(path, ids) as source:
+            yield source
 
 
 def _flat(path: Path, head: bytes) -> NDArray[Any]:

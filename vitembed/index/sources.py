@@ -6,8 +6,8 @@ Nothing is read but in batches, and what cannot be read is an error that names t
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 
 from vitembed.errors import ConfigError, DataError, VectorError, VitembedError
 from vitembed.index.inputs import UNIT_TOLERANCE, Metadata
+from vitembed.index.vectors import DTYPES
 
 PathLike = str | os.PathLike[str]
 
 Batch = tuple[list[str], NDArray[Any], list[Metadata]]  # ids, vectors (n, dim), metadata
+
+FORMAT = 1  # of our own exports
 
 # A batch: this many rows, or fewer where they would take more than 64 MB.
 ROWS, BYTES = 10_000, 64_000_000
@@ -38,7 +41,40 @@ class Source:
     batches: Callable[[], Iterator[Batch]]
     fingerprint: str | None = None
     location: str | None = None
+    dtype: str | None = None  # that the index they came from was stored as
     left_out: tuple[str, ...] = ()
+
+
+def note(dim: int, fingerprint: str | None, location: str | None, dtype: str) -> str:
+    """Return what an export of ours says of the index that it came from, as JSON."""
+    about = {"format": FORMAT, "dim": dim, "fingerprint": fingerprint, "location": location, "dtype": dtype}
+    return json.dumps(about, ensure_ascii=False)
+
+
+def with_note(source: Source, text: str | bytes, where: str) -> Source:
+    """Return a source with what its note says; `where` is the note's name.
+
+    Raises:
+        DataError: the note is damaged, of a newer format, or of other vectors.
+    """
+    about: Any = None
+    with suppress(ValueError, RecursionError):
+        about = json.loads(text)
+    problem = f"{where} does not name a model"
+    if isinstance(about, dict):
+        if about.get("format") != FORMAT:
+            raise DataError(
+                f"{source.path} has format {about.get('format')!r:.20}, this vitembed reads {FORMAT}; upgrade vitembed"
+            )
+        fingerprint, location, dtype = (about.get(key) for key in ("fingerprint", "location", "dtype"))
+        if source.dim is not None and about.get("dim", source.dim) != source.dim:
+            problem = f"it has vectors of {source.dim}, and {where} says {about['dim']!r:.20}"
+        elif all(name is None or isinstance(name, str) for name in (fingerprint, location)) and dtype in (
+            None,
+            *DTYPES,
+        ):
+            return replace(source, fingerprint=fingerprint, location=location, dtype=dtype)
+    raise DataError(f"{source.path} is damaged: {problem}; export it again")
 
 
 def batch_rows(dim: int) -> int:

@@ -1,8 +1,6 @@
 """Parquet tables to import into an index: our own exports and those of others, whose columns are looked at first."""
 
-import json
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,7 @@ from numpy.typing import NDArray
 
 from vitembed.errors import ConfigError, DataError, MissingExtraError, VectorError
 from vitembed.index.inputs import Metadata
-from vitembed.index.sources import ROWS, Batch, Source, batch_rows, json_object, reading
-
-FORMAT = 1  # of our own exports
+from vitembed.index.sources import ROWS, Batch, Source, batch_rows, json_object, reading, with_note
 
 
 @dataclass(frozen=True)
@@ -74,33 +70,16 @@ def table_source(path: Path, columns: TableColumns) -> Source:
             yield names, vectors, metadata or [{} for _ in names]
             row += len(names)
 
-    about = _about(path, schema.metadata or {})
     left_out = tuple(name for name in others if name not in taken)
-    return Source(path, path, rows, dim, ids, batches, about.get("fingerprint"), about.get("location"), left_out)
+    source = Source(path, path, rows, dim, ids, batches, left_out=left_out)
+    text = (schema.metadata or {}).get(b"vitembed")
+    return source if text is None else with_note(source, text, 'its metadata "vitembed"')
 
 
 def _record_batches(path: Path, names: list[str], size: int) -> Iterator[Any]:
     _, parquet = load_pyarrow("reading Parquet")
     with reading(path), parquet.ParquetFile(path, page_checksum_verification=True) as file:
         yield from file.iter_batches(size, columns=names)
-
-
-def _about(path: Path, metadata: dict[bytes, bytes]) -> dict[str, Any]:
-    """Return what a file of ours says of itself; nothing for a table of others."""
-    text = metadata.get(b"vitembed")
-    if text is None:
-        return {}
-    about: Any = None
-    with suppress(ValueError, RecursionError):
-        about = json.loads(text)
-    texts = [about.get(key) for key in ("fingerprint", "location")] if isinstance(about, dict) else [0]
-    if not all(value is None or isinstance(value, str) for value in texts):
-        raise DataError(f'{path} is damaged: its metadata "vitembed" does not name a model; export it again')
-    if about.get("format") != FORMAT:
-        raise DataError(
-            f"{path} has format {about.get('format')!r:.20}, this vitembed reads {FORMAT}; upgrade vitembed"
-        )
-    return dict(about)
 
 
 def _require_columns(path: Path, columns: TableColumns, found: list[str]) -> None:
