@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ Floats = NDArray[np.float32]
 K = 10
 BATCH = 1_000
 THREADS = faiss.omp_get_max_threads()
+
+# Before each search, in seconds: OpenMP's threads go on spinning for some milliseconds, on somebody else's time.
+PAUSE = 0.02
 CLASS, SHARED, NOISE = 200, 40, 0.3
 SELECTIVITIES = {"a": 0.01, "b": 0.10, "c": 0.50}
 
@@ -118,15 +121,18 @@ def compare(
     turns = {"ours": ours, "raw": raw}
     if batch == 1 and THREADS > 1:
         turns["raw, one thread"] = with_threads(raw, 1)
-    drawn = {turn: iter([queries.take(batch) for _ in range(repeats + 2)]) for turn in turns}
-    times = alternate({turn: partial(_next, turns[turn], drawn[turn]) for turn in turns}, repeats=repeats)
+    seconds: dict[str, list[float]] = {turn: [] for turn in turns}
+    for _ in range(repeats + 2):
+        for turn, search in turns.items():
+            drawn = queries.take(batch)
+            time.sleep(PAUSE)
+            began = time.perf_counter()
+            search(drawn)
+            seconds[turn].append(time.perf_counter() - began)
+    times = {turn: float(np.median(values[2:])) for turn, values in seconds.items()}
     best = min(seconds for turn, seconds in times.items() if turn != "ours")
     figure = f"{batch / times['ours']:9.1f}/s   raw {batch / best:9.1f}/s   {best / times['ours']:5.2f} x"
     print_line(name, figure, f"bar {bar}")
-
-
-def _next(search: Callable[[Floats], object], queries: Iterator[Floats]) -> object:
-    return search(next(queries))
 
 
 def same(hits: list[list[Hit]], raw: NDArray[np.int64]) -> int:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +13,19 @@ import typer
 from PIL import Image
 
 from tests.conftest import Runner
-from vitembed.cli import syncing
+from tests.index.test_sync import backdate
+from vitembed.cli import indexing, syncing
 from vitembed.embedder import Embedder
 from vitembed.index import Index
 from vitembed.preprocess import Preprocess
 
 
 def commands() -> typer.Typer:
-    """Return an application of these two commands."""
+    """Return an application of these two commands and `remove`."""
     group = typer.Typer()
     group.command()(syncing.sync)
     group.command()(syncing.migrate)
+    group.command()(indexing.remove)
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
     app.callback()(lambda: None)
     app.add_typer(group, name="index")
@@ -34,6 +35,7 @@ def commands() -> typer.Typer:
 @pytest.fixture(autouse=True)
 def _two_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitembed.cli.app.app", commands())
+    backdate(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +97,23 @@ def test_sync_sums_up_and_names_at_most_ten_of_the_files_set_aside(cli: Runner, 
 
 def test_sync_tries_bad_files_again_when_asked(cli: Runner, index: Path, photos: Path) -> None:
     [bad] = spoil(photos, 1)
-    cli("index", "sync", index, photos)
-    shutil.copyfile(photos / "class 0" / "00.png", bad)
+    words = ("index", "sync", index, photos, "--json")
+    cli(*words)
+    assert cli(*words).json["read"] == 0
+    assert cli(*words, "--retry").json["read"] == Path(bad).stat().st_size
     Image.fromarray(np.zeros((12, 12), np.uint8)).save(bad)
-    os.utime(bad, (1e9, 1e9))
-    assert cli("index", "sync", index, photos, "--retry", "--json").json["added"] == 1
+    assert cli(*words, "--retry").json["added"] == 1
+
+
+def test_sync_says_what_to_do_for_a_file_that_was_moved_and_edited(cli: Runner, index: Path, photos: Path) -> None:
+    cli("index", "sync", index, photos)
+    moved = photos.rename(photos.with_name("moved"))
+    Image.fromarray(np.zeros((12, 12), np.uint8)).save(moved / "class 0" / "04.png")
+    first = cli("index", "sync", index, moved, "--json")
+    assert first.json["added"] == 11
+    assert "remove 'class 0/04.png' from the index and sync again" in first.err
+    cli("index", "remove", index, "class 0/04.png")
+    assert cli("index", "sync", index, moved, "--json").json["added"] == 1
 
 
 def test_migrate_swaps_the_model_and_reports_the_overlap(cli: Runner, index: Path, photos: Path, models: Path) -> None:

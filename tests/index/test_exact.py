@@ -101,7 +101,7 @@ def test_the_bound_of_a_code_holds_for_every_row_and_query():
         vectors = data(kind, 64, 48, random)
         coded = encode(vectors)
         for query in data("spread", 20, 48, random):
-            rough, positions, bound = exact._scan_codes(coded, np.ones(64, bool), 64, query, 64)
+            rough, positions, bound = exact._scan_codes(coded, None, query, 64)
             errors = rough - vectors[positions].astype(np.float64) @ query
             assert np.abs(errors).max() <= bound
             assert bound < 0.1, "a bound that is so loose chooses nothing"

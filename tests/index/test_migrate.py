@@ -5,6 +5,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tracemalloc
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.index.test_sync import DIM, Encoded, FakeModel, vector_of, write
+from tests.index.test_sync import DIM, Encoded, FakeModel, backdate, vector_of, write
 from vitembed.errors import ConfigError, DataError, ImageError, ModelMismatchError, SearchIndexError
 from vitembed.index import Index, sync
 from vitembed.index.aside import SetAside, set_aside
+from vitembed.index.draft import Draft, Embedded, Entry
 from vitembed.index.migrate import MigrationReport, UnreadableFilesError, migrate
 
 FOLDER = "migration"
@@ -53,6 +55,11 @@ class NewModel:
             if self.meddle:
                 self.meddle(len(self.embedded))
             yield Encoded(np.array(good, np.int64), np.array(vectors, np.float32).reshape(-1, NEW_DIM), failures)
+
+
+@pytest.fixture(autouse=True)
+def _old_files(monkeypatch):
+    backdate(monkeypatch)
 
 
 @pytest.fixture
@@ -291,6 +298,67 @@ def test_a_writer_that_never_rests_does_not_keep_the_migration_from_its_end(inde
     assert index.ids()[14:] == added
 
 
+def test_what_others_add_right_before_the_swap_is_not_lost(index, tmp_path, monkeypatch):
+    module = sys.modules["vitembed.index.migrate"]
+    write(tmp_path / "late.png", b"late")
+
+    def overlap(*_):
+        with Index.open(index.path) as other:
+            other.add(["late"], vector_of(b"late")[None], [{"path": str(tmp_path / "late.png")}])
+            other.remove(["ä 01.png"])
+
+    monkeypatch.setattr(module, "_overlap", overlap)
+    assert migrate(index, NewModel()).entries == 14
+    assert_migrated(index, content_of(index))
+    assert "late" in index
+    assert "ä 01.png" not in index
+
+
+def test_others_may_write_while_draft_and_index_are_compared(index, monkeypatch):
+    locked = []
+    real = Draft.missing
+
+    def missing(self, entries):
+        locked.append(is_locked(index.path / "catalog.sqlite"))
+        return real(self, entries)
+
+    monkeypatch.setattr(Draft, "missing", missing)
+    migrate(index, NewModel())
+    assert len(locked) >= 3
+    assert not any(locked)
+
+
+@pytest.mark.parametrize("moment", ["read", "embedded"])
+def test_an_index_that_is_compacted_meanwhile_is_migrated_all_the_same(index, moment, monkeypatch):
+    """Every time that the index is read from end to end for one purpose, it is compacted in the middle."""
+    module = sys.modules["vitembed.index.migrate"]
+    compacted = []
+
+    def compact():
+        if len(compacted) < 10 and not is_locked(index.path / "catalog.sqlite"):
+            with Index.open(index.path) as other:
+                last = other.get(other.ids()[-1])
+                other.add([last.id], last.vector[None], [last.metadata])  # leaves a dead row
+                compacted.append(other.compact())
+
+    stream, entries_of = Index.stream, module.entries_of
+    monkeypatch.setattr(Index, "stream", lambda self, size=4: stream(self, 4))
+    if moment == "read":
+
+        def reading(records):
+            if len(compacted) < 10:
+                compact()
+            return entries_of(records)
+
+        monkeypatch.setattr(module, "entries_of", reading)
+    before = content(index)
+    model = NewModel(lambda _: compact() if moment == "embedded" else None)
+    migrate(index, model, batch_size=2)
+    assert_migrated(index, before)
+    assert len(compacted) >= 6
+    assert len(model.embedded) == 13  # nothing twice
+
+
 def is_locked(path):
     with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as connection:
         try:
@@ -320,6 +388,56 @@ def test_files_that_cannot_be_read_stop_the_migration_before_the_swap(index, fol
     assert sorted(model.embedded) == [path.name for path in gone]  # the others were embedded by then
     assert {name for name, _, _ in before} == set(index.ids())
     assert index.check() == []
+
+
+def test_a_lost_file_whose_entry_is_removed_or_replaced_meanwhile_is_no_matter(index, folder, tmp_path):
+    for number in (1, 2, 3):
+        (folder / f"ä {number:02}.png").unlink()
+
+    def change(done):
+        if done == 9:
+            with Index.open(index.path) as other:
+                other.remove(["ä 01.png"])
+                other.add(["ä 02.png"], vector_of(b"one")[None], [{"path": str(tmp_path / "one.png")}])
+
+    with pytest.raises(UnreadableFilesError) as caught:
+        migrate(index, NewModel(change), batch_size=4)
+    assert caught.value.failed == {str(folder / "ä 03.png"): "does not exist"}
+    index.remove(["ä 03.png"])
+    assert migrate(index, NewModel()).failed == {}
+    assert_migrated(index, content_of(index))
+
+
+def test_an_entry_that_was_replaced_and_whose_new_file_is_lost_does_not_come_back_as_it_was(index, tmp_path):
+    def replace_first(done):
+        if done == 4:
+            with Index.open(index.path) as other:
+                other.add(["ä 00.png"], vector_of(b"lost")[None], [{"path": str(tmp_path / "lost.png")}])
+
+    report = migrate(index, NewModel(replace_first), batch_size=4, missing="drop")
+    assert report.failed == {str(tmp_path / "lost.png"): "does not exist"}
+    assert_migrated(index, content_of(index))
+    assert (report.entries, "ä 00.png" in index) == (13, False)
+
+
+def test_dropped_entries_are_set_aside_where_their_folder_really_is_until_they_are_back(index, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    index.add(["x", "y"], np.eye(DIM)[:2], [{"path": str(tmp_path / "link" / f"{name}.png")} for name in "xy"])
+    migrate(index, NewModel(), missing="drop")
+    lost = [str(tmp_path / "real" / f"{name}.png") for name in "xy"]
+    assert [one.path for one in set_aside(index)] == lost
+    write(tmp_path / "real" / "x.png", b"x")
+    assert sync(index, NewModel(), tmp_path / "link").added == 1
+    assert set_aside(index) == []  # the folder is synced now, and y.png is not in it
+
+
+def test_a_dropped_entry_that_is_added_again_by_hand_is_not_listed_as_set_aside(index, tmp_path):
+    (tmp_path / "one.png").unlink()
+    migrate(index, NewModel(), missing="drop")
+    assert [one.path for one in set_aside(index)] == [str(tmp_path / "one.png")]
+    index.add(["by hand"], new_vector_of(b"one")[None], [{"path": str(tmp_path / "one.png")}])
+    assert set_aside(index) == []
 
 
 def test_entries_of_lost_files_are_dropped_and_set_aside_when_that_is_wanted(index, folder, tmp_path):
@@ -406,6 +524,39 @@ def test_a_damaged_draft_is_an_error_and_never_becomes_the_index(index):
         migrate(index, NewModel())
     migrate(index, NewModel(), restart=True)
     assert_migrated(index, before)
+
+
+def test_a_draft_keeps_nothing_of_its_entries_in_memory(tmp_path):
+    rows, vector = 4_000, np.eye(NEW_DIM, dtype=np.float32)[0]
+    with Index.create(tmp_path / "y.index", DIM) as index:
+        entries = [Entry(f"id {number}", f"/photos/{number}.png", {}, f"{number:032x}") for number in range(rows)]
+        with Draft.open(index, NEW_DIM, "sha256:new") as draft:
+            draft.put([(entry, Embedded(vector, None)) for entry in entries])
+        tracemalloc.start()
+        try:
+            with Draft.open(index, NEW_DIM, "sha256:new") as draft:
+                assert draft.missing(entries[:10]) == []
+                assert draft.known(entries[5:6], {}).keys() == {"/photos/5.png"}
+                kept = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+    assert kept < 30 * rows  # bytes
+
+
+def test_an_entry_lends_its_new_embedding_to_later_ones_of_its_file_unless_their_picture_is_another(tmp_path):
+    vectors = np.eye(NEW_DIM, dtype=np.float32)
+    first, second = Entry("a", "/x.png", {}, "1" * 32), Entry("b", "/x.png", {}, "2" * 32)
+    with Index.create(tmp_path / "y.index", DIM) as index, Draft.open(index, NEW_DIM, "sha256:new") as draft:
+        draft.put([(first, Embedded(vectors[0], "old content"))])
+        assert draft.known([second], {"b": "new content"}) == {}
+        np.testing.assert_array_equal(draft.known([second], {})["/x.png"].vector, vectors[0])
+        draft.put([(second, Embedded(vectors[1], "new content"))])
+        third = Entry("c", "/x.png", {}, "3" * 32)
+        for contents in ({}, {"c": "new content"}):  # the latest embedding of a file counts
+            np.testing.assert_array_equal(draft.known([third], contents)["/x.png"].vector, vectors[1])
+        assert draft.known([replace(first, mark="9" * 32)], {}) == {}
+        draft.remove(["b"])
+        assert draft.known([third], {}) == {}
 
 
 def test_what_a_kill_right_after_the_swap_leaves_is_no_unfinished_migration(index, monkeypatch):

@@ -7,9 +7,12 @@ import re
 import signal
 import subprocess
 import sys
+import time
+import tracemalloc
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +21,8 @@ from PIL import Image
 from vitembed.errors import ConfigError, DataError, ImageError, ModelMismatchError, SearchIndexError
 from vitembed.index import Index, SyncReport, sync
 from vitembed.index.aside import SetAside, set_aside
-from vitembed.index.folder import Folder
+from vitembed.index.files import FileRecord
+from vitembed.index.folder import Folder, Listing
 from vitembed.index.progress import Progress
 from vitembed.preprocess import Preprocess
 
@@ -72,6 +76,25 @@ def write(path, content, age=100):
     path.write_bytes(content)
     stamp = path.stat().st_mtime - age
     os.utime(path, (stamp, stamp))
+
+
+def backdate(patch):
+    """Let the system say that the status of every file changed an hour before it did: only the other time can be set.
+
+    So `write` decides how old a file looks, unless that is more than an hour.
+    """
+    module = sys.modules["vitembed.index.folder"]
+    real, hour = module.changed_ns, 3600 * 10**9
+
+    def earlier(status):
+        return real(SimpleNamespace(st_mtime_ns=status.st_mtime_ns, st_ctime_ns=status.st_ctime_ns - hour))
+
+    patch.setattr(module, "changed_ns", earlier)
+
+
+@pytest.fixture(autouse=True)
+def _old_files(monkeypatch):
+    backdate(monkeypatch)
 
 
 def deny(patch, *paths):
@@ -173,6 +196,20 @@ def test_files_that_swap_their_contents_swap_their_vectors(index, model, folder)
     write(folder / "sub dir" / "2.png", b"image 1", age=50)
     assert sync(index, model, folder) == SyncReport(updated=2, unchanged=9)
     assert len(model.embedded) == 11
+    assert_follows(index, folder)
+
+
+def test_files_of_one_size_and_time_that_swap_their_names_swap_their_vectors(index, model, folder):
+    files = [folder / "a.png", folder / "b.png"]
+    for number, path in enumerate(files):
+        write(path, b"picture %d" % number)
+        os.utime(path, (10**9, 10**9))  # as an archive may set it for all of its files
+    sync(index, model, folder)
+    time.sleep(0.02)  # longer than a tick of the file system's clock
+    files[0].rename(folder / "c")
+    files[1].rename(files[0])
+    (folder / "c").rename(files[1])
+    assert sync(index, model, folder) == SyncReport(updated=2, unchanged=11)
     assert_follows(index, folder)
 
 
@@ -326,6 +363,117 @@ def test_a_moved_folder_is_followed_without_embedding(index, model, folder):
     assert sync(index, model, moved) == SyncReport(unchanged=11)
 
 
+def test_a_picture_whose_disk_is_away_is_not_replaced_by_another_of_its_name(index, model, folder, tmp_path):
+    write(tmp_path / "usb" / "x.png", b"of the disk")
+    write(tmp_path / "usb" / "same.png", b"the same")
+    sync(index, model, tmp_path / "usb")
+    away = (tmp_path / "usb").rename(tmp_path / "away")
+    write(folder / "x.png", b"another picture")
+    write(folder / "same.png", b"the same")
+    for _ in range(2):
+        [(path, reason)] = sync(index, model, folder).failed.items()
+        assert path == str(folder / "x.png")
+        assert f"for {tmp_path / 'usb' / 'x.png'}, which is not there" in reason
+        assert "remove 'x.png' from the index and sync again" in reason
+        assert index.get("x.png").metadata == {"path": str(tmp_path / "usb" / "x.png")}
+        assert index.get("same.png").metadata == {"path": str(folder / "same.png")}
+    assert "x.png" not in model.embedded[2:]
+    away.rename(tmp_path / "usb")
+    assert list(sync(index, model, tmp_path / "usb").failed) == [str(tmp_path / "usb" / "same.png")]
+    np.testing.assert_array_equal(index.get("x.png").vector, vector_of(b"of the disk"))
+
+
+def test_a_file_that_was_moved_and_edited_is_taken_once_its_entry_is_removed(index, model, folder):
+    sync(index, model, folder)
+    moved = folder.rename(folder.parent / "moved")
+    write(moved / "sub dir" / "3.png", b"edited", age=50)
+    report = sync(index, model, moved)
+    assert (report.added, list(report.failed)) == (10, [str(moved / "sub dir" / "3.png")])
+    index.remove(["sub dir/3.png"])
+    assert sync(index, model, moved) == SyncReport(added=1, unchanged=10)
+    assert_follows(index, moved)
+
+
+def test_an_owner_that_cannot_be_looked_at_keeps_its_entry(index, model, folder, tmp_path, monkeypatch):
+    write(tmp_path / "locked" / "x.png", b"picture")
+    sync(index, model, tmp_path / "locked")
+    write(folder / "x.png", b"picture")
+    real = os.stat
+
+    def status(path, *arguments, **options):
+        if Path(path) == tmp_path / "locked" / "x.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", status)
+    assert list(sync(index, model, folder).failed) == [str(folder / "x.png")]
+    assert index.get("x.png").metadata == {"path": str(tmp_path / "locked" / "x.png")}
+
+
+@pytest.mark.parametrize("moment", ["planned", "hashed", "embedded"])
+def test_entries_that_another_process_adds_meanwhile_are_neither_removed_nor_replaced(
+    index, folder, tmp_path, moment, monkeypatch
+):
+    names = ["gone.png", "changed.png", "spoilt.png", "touched.png", "copy.png", "new.png"]
+    for name in names[:-2]:
+        write(folder / name, name.encode())
+    sync(index, FakeModel(), folder)
+    (folder / "gone.png").unlink()
+    write(folder / "changed.png", b"another", age=50)
+    write(folder / "spoilt.png", b"bad now", age=50)
+    write(folder / "touched.png", b"touched.png", age=50)
+    write(folder / "copy.png", b"image 3")
+    write(folder / "new.png", b"new")
+    mine = np.eye(DIM, dtype=np.float32)[: len(names)]
+
+    def add():
+        with Index.open(index.path) as other:
+            other.add(names, mine, [{"mine": name} for name in names])
+
+    def calling(function):
+        def call(self, *arguments):
+            if call.first:
+                call.first = False
+                add()
+            return function(self, *arguments)
+
+        call.first = True
+        return call
+
+    if moment == "planned":  # after the records were read
+        monkeypatch.setattr(Folder, "look", calling(Folder.look))
+    elif moment == "hashed":
+        monkeypatch.setattr(Folder, "read", calling(Folder.read))
+    report = sync(index, Meddling("new.png", before=add if moment == "embedded" else None), folder)
+    assert (report.removed, report.updated) == (0, 0)
+    assert report.added == (moment == "embedded")  # copy.png, before the others came
+    for name, vector in zip(names, mine, strict=True):
+        np.testing.assert_array_equal(index.get(name).vector, vector)
+        assert index.get(name).metadata == {"mine": name}
+    assert {str(folder / name) for name in ("changed.png", "new.png", "spoilt.png")} <= report.failed.keys()
+    assert index.check() == []
+    again = sync(index, FakeModel(), folder)
+    assert again == SyncReport(
+        unchanged=11, failed={str(folder / name): again.failed[str(folder / name)] for name in names[1:]}
+    )
+    assert all("was not added by sync" in reason for reason in again.failed.values())
+    assert set(names) <= set(index.ids())
+
+
+def test_an_entry_that_another_process_removes_meanwhile_comes_back_with_the_next_sync(index, folder):
+    sync(index, FakeModel(), folder)
+    write(folder / "sub dir" / "3.png", b"changed", age=50)
+
+    def remove():
+        with Index.open(index.path) as other:
+            other.remove(["sub dir/3.png", "sub dir/4.png"])
+
+    report = sync(index, Meddling("3.png", before=remove), folder)
+    assert (report.added, report.updated) == (1, 0)
+    assert sync(index, FakeModel(), folder) == SyncReport(added=1, unchanged=10)
+    assert_follows(index, folder)
+
+
 def test_names_that_cannot_be_ids_are_set_aside_in_printable_words_until_they_are_renamed(index, model, folder):
     write(folder / "line\nbreak.png", b"x")
     expected = {f"{folder}/line\\nbreak.png": "control characters"}
@@ -367,6 +515,16 @@ def test_what_is_set_aside_is_listed_for_all_folders_with_path_and_reason(index,
     assert set_aside(index) == bad[:1]
 
 
+def test_a_file_that_has_an_entry_by_way_of_another_folder_is_not_listed_as_set_aside(index, model, folder):
+    bad = folder / "sub dir" / "bad.png"
+    write(bad, b"bad")
+    sync(index, model, folder)
+    assert [one.path for one in set_aside(index)] == [str(bad)]
+    write(bad, b"good now", age=50)
+    sync(index, model, folder / "sub dir")
+    assert set_aside(index) == []
+
+
 def test_bad_files_are_tried_again_on_demand(index, model, folder):
     write(folder / "bad.png", b"bad")
     sync(index, model, folder)
@@ -398,6 +556,70 @@ def test_a_folder_that_cannot_be_read_keeps_its_entries_and_does_not_stop_the_ot
     assert sync(index, model, folder) == SyncReport(unchanged=12)
     assert set_aside(index) == []
     assert_follows(index, folder)
+
+
+def test_below_a_folder_that_cannot_be_read_are_its_own_files_alone(index, model, folder, monkeypatch):
+    for name in ("sub dir/deep/1.png", "sub dir 2/1.png", "sub dir.png"):
+        write(folder / name, name.encode())
+    sync(index, model, folder)
+    for name in ("sub dir 2/1.png", "sub dir.png"):
+        (folder / name).unlink()
+    deny(monkeypatch, folder / "sub dir")
+    report = sync(index, model, folder)
+    assert (report.removed, report.unchanged) == (2, 12)
+    assert "sub dir/deep/1.png" in index
+
+
+def recorded(index, folder, names):
+    """Record files as synced, as `Folder.look` below finds them."""
+    with index.transaction():
+        index.catalog.file_records.put(FileRecord(str(folder), name, 5, 7, "digest") for name in names)
+
+
+def test_many_folders_that_cannot_be_read_take_no_longer_than_one(index, model, folder, monkeypatch):
+    names = [f"top/{number % 1000:03}/{number}.png" for number in range(10_000)]
+
+    def seconds(closed):
+        recorded(index, folder, names)
+        listing = Listing(["ä 猫.jpg"], dict.fromkeys(closed, "cannot be read"))
+        monkeypatch.setattr(Folder, "list", lambda self: listing)
+        started = time.perf_counter()
+        assert sync(index, model, folder).unchanged >= len(names)
+        return time.perf_counter() - started
+
+    one = min(seconds(["top"]) for _ in range(3))
+    assert min(seconds([f"top/{number:03}" for number in range(1000)]) for _ in range(3)) < 4 * one + 0.1
+
+
+def test_files_are_compared_in_parts_and_none_is_missed(index, model, folder, monkeypatch):
+    monkeypatch.setattr(sys.modules["vitembed.index.sync"], "_LOOKED_UP", 3)
+    monkeypatch.setattr(sys.modules["vitembed.index.files"], "_PAGE", 2)
+    write(folder / "bad.png", b"bad")
+    assert sync(index, model, folder).added == 11
+    write(folder / "sub dir" / "3.png", b"another image", age=50)
+    for number in (0, 4, 9):
+        (folder / "sub dir" / f"{number}.png").unlink()
+    write(folder / "new.png", b"new")
+    failed = {str(folder / "bad.png"): "is truncated"}
+    assert sync(index, model, folder) == SyncReport(added=1, updated=1, removed=3, unchanged=7, failed=failed)
+    assert_follows(index, folder, but=("bad.png",))
+
+
+def test_the_records_of_unchanged_files_are_not_all_in_memory_at_once(index, model, folder, monkeypatch):
+    monkeypatch.setattr(sys.modules["vitembed.index.sync"], "_LOOKED_UP", 256)
+    monkeypatch.setattr(sys.modules["vitembed.index.files"], "_PAGE", 256)
+    names = [f"{number:05}.png" for number in range(10_000)]
+    recorded(index, folder, names)
+    monkeypatch.setattr(Folder, "list", lambda self: Listing(names))
+    monkeypatch.setattr(Folder, "look", lambda self, name: FileRecord(self.root, name, 5, 7, None))
+    index.ids()  # what the index itself keeps
+    tracemalloc.start()
+    try:
+        assert sync(index, model, folder).unchanged == len(names)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 60 * len(names)  # bytes
 
 
 def test_a_folder_that_vanishes_while_it_is_listed_is_gone(index, model, folder, monkeypatch):

@@ -1,22 +1,26 @@
 """The draft of a migration: the new embeddings of an index, in an index of their own, until they replace the old ones.
 
 It lies in the folder `migration` below the index and is made for one model. Each entry says of which entry it is the
-successor: its mark is a digest of that entry's vector and metadata, so that a change of either shows.
+successor: its mark is a digest of that entry's vector and metadata, so that a change of either shows. Which of its
+entries came from which image file stands in its catalog's table of files, by a digest of the path: at most one entry of
+each. So it is asked for a batch of entries at a time, and keeps nothing of them in memory.
 """
 
 import hashlib
 import json
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
-from vitembed.errors import ModelMismatchError, SearchIndexError
+from vitembed.errors import DataError, ModelMismatchError, SearchIndexError
+from vitembed.index.catalog import Item
+from vitembed.index.files import FileRecord
 from vitembed.index.index import Index
 from vitembed.index.inputs import Metadata
 from vitembed.index.results import Records
@@ -27,6 +31,12 @@ FOLDER = "migration"
 # A draft that is being deleted has such a name, so that a kill leaves no half of one under the real name.
 _DELETED = ".deleted-migration-"
 
+# Rows of the draft looked at together.
+_PAGE = 4_096
+
+# The "folder" of the records in the draft's table of files.
+_HOMES = "migration"
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -36,7 +46,7 @@ class Entry:
         id: its id.
         path: of the image file that it came from, absolute; None where its metadata name none.
         metadata: all of it.
-        mark: of its vector and metadata, see `Draft.marks`.
+        mark: of its vector (the first half) and metadata.
     """
 
     id: str
@@ -53,11 +63,10 @@ class Embedded:
     content: str | None
 
 
-@dataclass(frozen=True)
-class _Home:
-    """An entry of the draft that came from a certain file."""
+class _Note(NamedTuple):
+    """What the draft says of one of its entries: the mark of its predecessor, and the content as in `Embedded`."""
 
-    id: str
+    mark: str
     content: str | None
 
 
@@ -74,8 +83,17 @@ def entries_of(records: Records) -> list[Entry]:
     return entries
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
+def _digest(data: bytes, size: int = 8) -> str:
+    return hashlib.blake2b(data, digest_size=size).hexdigest()
+
+
+def _path_digest(entry: Entry) -> str:
+    return _digest(str(entry.path).encode("utf-8", "surrogatepass"), 16)
+
+
+def _noted(item: Item) -> _Note:
+    metadata = json.loads(item.metadata)
+    return _Note(metadata["mark"], metadata["content"])
 
 
 class Draft:
@@ -83,18 +101,11 @@ class Draft:
 
     Args:
         staged: the index of the new embeddings.
-
-    Attributes:
-        marks: id -> mark of the entry that it succeeds, for every entry of the draft.
     """
 
     def __init__(self, staged: Index) -> None:
         self._staged = staged
-        self.marks: dict[str, str] = {}
-        self._homes: dict[str, _Home] = {}
-        for records in staged.stream():
-            for name, metadata in zip(records.ids, records.metadata, strict=True):
-                self._note(name, metadata["entry"].get("path"), metadata["mark"], metadata["content"])
+        self._homes = staged.catalog.file_records
 
     @classmethod
     def open(cls, index: Index, dim: int, fingerprint: str, restart: bool = False) -> Self:
@@ -136,25 +147,31 @@ class Draft:
     def __exit__(self, *_: object) -> None:
         self._staged.close()
 
-    def __len__(self) -> int:
-        return len(self.marks)
+    def missing(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Return those of these entries whose successors the draft does not have."""
+        notes = self._notes(entry.id for entry in entries)
+        return [entry for entry in entries if entry.id not in notes or notes[entry.id].mark != entry.mark]
 
-    def holds(self, entry: Entry) -> bool:
-        """Tell whether the draft has the successor of this very entry."""
-        return self.marks.get(entry.id) == entry.mark
-
-    def known(self, entry: Entry, content: str | None) -> Embedded | None:
-        """Return the embedding that the draft has for an entry's file already, under whatever id.
+    def known(self, entries: Sequence[Entry], contents: Mapping[str, str | None]) -> dict[str, Embedded]:
+        """Return the embeddings that the draft has for the files of entries already, under whatever id, by path.
 
         Args:
-            entry: an entry that the draft does not hold.
-            content: digest of the file, where sync recorded one: another content needs another embedding.
+            entries: entries that the draft does not hold.
+            contents: id -> digest of the file, where sync recorded one: another content needs another embedding.
         """
-        home = self._homes.get(str(entry.path))
-        before = self.marks.get(entry.id)
-        if home is None or (before and before[:16] != entry.mark[:16]) or (content and content != home.content):
-            return None
-        return Embedded(self._staged.get(home.id).vector, home.content)
+        homes = self._homes.copies(map(_path_digest, entries))
+        notes = self._notes([*homes.values(), *(entry.id for entry in entries)])
+        found: dict[str, str] = {}  # path -> id
+        changed = set()
+        for entry in entries:
+            home, before, content = homes.get(_path_digest(entry)), notes.get(entry.id), contents.get(entry.id)
+            if home is None:
+                continue
+            found[str(entry.path)] = home
+            if (before and before.mark[:16] != entry.mark[:16]) or (content and content != notes[home].content):
+                changed.add(str(entry.path))
+        usable = {path: home for path, home in found.items() if path not in changed}
+        return {path: Embedded(self._staged.get(home).vector, notes[home].content) for path, home in usable.items()}
 
     def put(self, results: Sequence[tuple[Entry, Embedded]]) -> None:
         """Add or replace the successors of entries, all of them or none."""
@@ -164,18 +181,25 @@ class Draft:
             {"entry": entry.metadata, "mark": entry.mark, "content": result.content} for entry, result in results
         ]
         vectors = np.stack([result.vector for _, result in results])
-        self._staged.add([entry.id for entry, _ in results], vectors, metadata)
-        for entry, result in results:
-            self._note(entry.id, entry.path, entry.mark, result.content)
+        homes = {_path_digest(entry): entry.id for entry, _ in results}
+        with self._staged.transaction():
+            self._staged.add([entry.id for entry, _ in results], vectors, metadata)
+            self._homes.forget(_HOMES, self._homes.copies(homes).values())
+            self._homes.put(FileRecord(_HOMES, name, 0, 0, digest) for digest, name in homes.items())
 
-    def keep(self, ids: set[str]) -> None:
-        """Remove the successors of all entries but these."""
-        gone = [name for name in self.marks if name not in ids]
+    def remove(self, ids: Iterable[str]) -> None:
+        """Remove the successors of entries, where there are any."""
+        self._staged.remove(ids, missing_ok=True)
+
+    def prune(self, index: Index) -> None:
+        """Remove the successors of entries that are gone from the index."""
+        gone = list[str]()
+        for page in self._pages():
+            names = [item.id for item in page]
+            present = index.catalog.find(names)
+            gone += [name for name in names if name not in present]
         if gone:
-            self._staged.remove(gone)
-            for name in gone:
-                del self.marks[name]
-            self._homes = {path: home for path, home in self._homes.items() if home.id in self.marks}
+            self.remove(gone)
 
     def records(self) -> Iterator[Records]:
         """Yield the new entries in batches, with the metadata of the old ones."""
@@ -184,31 +208,41 @@ class Draft:
 
     def contents(self) -> Iterator[dict[str, str | None]]:
         """Yield, in batches, id -> digest of the content that was embedded, where it is the one that sync recorded."""
-        for records in self._staged.stream():
-            found = zip(records.ids, records.metadata, strict=True)
-            yield {name: metadata["content"] for name, metadata in found}
+        for page in self._pages():
+            yield {item.id: _noted(item).content for item in page}
 
-    def nearest(self, ids: Sequence[str], k: int) -> list[list[str]]:
-        """Return the ids of the k entries most alike to each of these, without itself."""
+    def sample(self, count: int) -> list[str]:
+        """Return the ids of so many entries, or all, drawn with a fixed seed, in order."""
+        drawn = np.sort(np.random.default_rng(0).permutation(len(self._staged))[:count])
+        names, start = list[str](), 0
+        for page in self._pages():
+            names += [page[place - start].id for place in drawn.tolist() if start <= place < start + len(page)]
+            start += len(page)
+        return names
+
+    def nearest(self, ids: Sequence[str], k: int) -> dict[str, list[str]]:
+        """Return, for each of these ids, those of the k entries most alike to it, without itself."""
         return nearest(self._staged, ids, k)
 
-    def _note(self, name: str, path: str | None, mark: str, content: str | None) -> None:
-        self.marks[name] = mark
-        if path is not None:
-            self._homes[path] = _Home(name, content)
+    def _notes(self, ids: Iterable[str]) -> dict[str, _Note]:
+        return {name: _noted(item) for name, item in self._staged.catalog.find(ids).items()}
+
+    def _pages(self) -> Iterator[list[Item]]:
+        catalog = self._staged.catalog
+        for start in range(0, catalog.last_block().stop, _PAGE):
+            yield catalog.items_between(start, start + _PAGE)
 
 
-def nearest(index: Index, ids: Sequence[str], k: int) -> list[list[str]]:
-    """Return the ids of the k entries of an index most alike to each of these, without itself.
-
-    Raises:
-        DataError: an id is not in the index.
-    """
-    if not ids:
-        return []
-    vectors = np.stack([index.get(name).vector for name in ids])
-    found = index.search(vectors, k + 1, recall=1.0)
-    return [[hit.id for hit in hits if hit.id != name][:k] for name, hits in zip(ids, found, strict=True)]
+def nearest(index: Index, ids: Sequence[str], k: int) -> dict[str, list[str]]:
+    """Return, for each of these ids that an index has, those of the k entries most alike to it, without itself."""
+    vectors = {}
+    for name in ids:
+        with suppress(DataError):  # others may have removed it
+            vectors[name] = index.get(name).vector
+    if not vectors:
+        return {}
+    found = index.search(np.stack(list(vectors.values())), k + 1, recall=1.0)
+    return {name: [hit.id for hit in hits if hit.id != name][:k] for name, hits in zip(vectors, found, strict=True)}
 
 
 def discard(path: Path) -> None:

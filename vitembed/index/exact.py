@@ -17,7 +17,7 @@ cannot rule that out, more of its rows are looked at.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -46,8 +46,15 @@ FEW_ROWS = 1_024
 # Queries multiplied at a time, which bounds the table of candidates.
 QUERY_ROWS = 1_024
 
-# Candidates beyond k that each scan keeps, so that looking twice is the exception.
-SPARE = 22
+# Candidates beyond k that are kept of a block of codes and of all rows, so that looking twice is the exception.
+SPARE, PRODUCT_SPARE = 22, 6
+
+# Rows multiplied at a time where all of them live, and nothing needs to be copied.
+PRODUCT_ROWS = 131_072
+
+# From this share of living rows on all rows of a block are scanned, and the dead ones dropped afterwards: asking for
+# each row whether it lives takes longer than its product.
+_DENSE = 0.25
 
 # How much more is kept when a block is looked at again.
 _WIDER = 16
@@ -223,7 +230,7 @@ class _Scan:
 
     def _above(self, block: _Candidates, floor: float) -> RowArray:
         """Return the rows of a block that may score `floor` or more."""
-        width = max(len(block.rows), 1)
+        width = max(len(block.rows), SPARE)
         while block.rest + block.bound >= floor:
             width *= _WIDER
             block = self._rough(block.number, width)
@@ -241,9 +248,19 @@ class _Scan:
         if coded is None:
             rough, rows = self._scan_floats(start, mask, width)
             bound = rounding(len(self.query))
+            rest = -np.inf if width == alive else float(rough.min())
+        elif alive < _DENSE * len(mask):
+            rough, rows, bound = _scan_codes(coded, mask, self.query, width)
+            rest = -np.inf if width == alive else float(rough.min())
         else:
-            rough, rows, bound = _scan_codes(coded, mask, alive, self.query, width)
-        rest = -np.inf if width == alive else float(rough.min())
+            wide, kept = width, 0
+            while kept < width:
+                if alive < len(mask):
+                    wide = min(int(wide * len(mask) / alive * 1.5) + 1, len(mask))  # of which about enough live
+                rough, rows, bound = _scan_codes(coded, None, self.query, wide)
+                kept = int(np.count_nonzero(mask[rows]))
+            rest = -np.inf if wide == len(mask) else float(rough.min())
+            rough, rows = rough[mask[rows]], rows[mask[rows]]
         return _Candidates(number, rows + start, rough, bound, rest)
 
     def _scan_floats(self, start: int, mask: BoolArray, width: int) -> tuple[ScoreArray, RowArray]:
@@ -255,7 +272,7 @@ class _Scan:
 
 
 def _scan_codes(
-    coded: CodedRows, mask: BoolArray, alive: int, query: FloatArray, width: int
+    coded: CodedRows, mask: BoolArray | None, query: FloatArray, width: int
 ) -> tuple[ScoreArray, RowArray, float]:
     """Return rough scores (width,), positions (width,) and the bound on the scores' error."""
     scaled = query.astype(np.float64) * coded.steps
@@ -264,7 +281,7 @@ def _scan_codes(
     left = scaled - step * whole.astype(np.float64)
     used = coded.steps > 0
     off = min(np.linalg.norm(left[used] / coded.steps[used]) * (1 + coded.slack), np.linalg.norm(left) * coded.norm)
-    products, positions = kernels.scan_codes(coded.codes, whole, width, None if alive == len(mask) else mask)
+    products, positions = kernels.scan_codes(coded.codes, whole, width, mask)
     # The sums are of whole numbers, but in float32 they may round when there are many.
     bound = 1.002 * (float(off) + coded.slack) + 2 * rounding(len(query))
     return products.astype(np.float64) * step, positions, bound
@@ -274,7 +291,7 @@ def _scan_codes(
 
 
 def _nearest_by_products(source: RowSource, mask: BoolArray, queries: FloatArray, k: int, live: int) -> list[Found]:
-    width = min(k + SPARE, live)
+    width = min(k + PRODUCT_SPARE, live)
     found: list[Found] = []
     for start in range(0, len(queries), QUERY_ROWS):
         part = queries[start : start + QUERY_ROWS]
@@ -296,13 +313,10 @@ def _candidates(source: RowSource, mask: BoolArray, queries: FloatArray, width: 
     """Scan block by block; return the rows (q, width) and float32 scores (q, width) of the best, in no order."""
     rows = np.empty((len(queries), 0), np.int64)
     scores = np.empty((len(queries), 0), np.float32)
-    for start in range(0, len(mask), CODE_ROWS):
-        live = np.flatnonzero(mask[start : start + CODE_ROWS])
-        if not len(live):
-            continue
-        block = _live_block(source, mask, start, live)
+    for live in _spans(mask):
+        block = _live_rows(source, live)
         more_scores, more = kernels.nearest_floats(block, queries, min(width, len(live)))
-        rows = np.concatenate([rows, live[more] + start], axis=1)
+        rows = np.concatenate([rows, live[more]], axis=1)
         scores = np.concatenate([scores, more_scores], axis=1)
         if rows.shape[1] > width:
             keep = np.argpartition(-scores, width - 1, axis=1)[:, :width]
@@ -315,14 +329,11 @@ def _within_by_products(source: RowSource, mask: BoolArray, queries: FloatArray,
     for first in range(0, len(queries), QUERY_ROWS):
         part = queries[first : first + QUERY_ROWS]
         owners, rows = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for start in range(0, len(mask), CODE_ROWS):
-            live = np.flatnonzero(mask[start : start + CODE_ROWS])
-            if not len(live):
-                continue
-            rough = part @ _live_block(source, mask, start, live).T  # (q, live)
+        for live in _spans(mask, CODE_ROWS):
+            rough = part @ _live_rows(source, live).T  # (q, live)
             owner, position = np.nonzero(rough >= floor - rounding(queries.shape[1]))
             owners.append(owner)
-            rows.append(live[position] + start)
+            rows.append(live[position])
         owner, row = np.concatenate(owners), np.concatenate(rows)
         scores = pair_scores(source.verified(np.unique(row)), row, part, owner)
         near = scores >= floor
@@ -333,11 +344,24 @@ def _within_by_products(source: RowSource, mask: BoolArray, queries: FloatArray,
     return found
 
 
-def _live_block(source: RowSource, mask: BoolArray, start: int, live: RowArray) -> FloatArray:
-    """Return the live rows of a block as float32; without a copy where all live."""
-    vectors = source.verified(live + start)
-    block = vectors[start : start + CODE_ROWS][: len(mask) - start]
-    return as_floats(block if len(live) == len(block) else block[live])
+def _spans(mask: BoolArray, most: int | None = None) -> Iterator[RowArray]:
+    """Yield the living rows in spans: long ones where all rows live, short ones where they have to be copied."""
+    start = 0
+    while start < len(mask):
+        size = PRODUCT_ROWS if most is None else most
+        if not mask[start : start + size].all():
+            size = min(size, CODE_ROWS)
+        live = np.flatnonzero(mask[start : start + size]) + start
+        if len(live):
+            yield live
+        start += size
+
+
+def _live_rows(source: RowSource, rows: RowArray) -> FloatArray:
+    """Return rows, of which none comes twice, as float32; without a copy where they lie side by side."""
+    vectors = source.verified(rows)
+    first, last = int(rows[0]), int(rows[-1])
+    return as_floats(vectors[first : last + 1] if last - first + 1 == len(rows) else vectors[rows])
 
 
 def as_floats(vectors: StoredArray) -> FloatArray:

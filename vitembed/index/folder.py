@@ -22,7 +22,7 @@ from vitembed.index.files import FileRecord
 # A file that changed this recently (ns) may change again without its time showing it, on coarse clocks.
 _TOO_FRESH = 2_000_000_000
 
-# What the system says of a file that went away while the folder was looked through.
+# What the system says of a file that went away, or whose folder did.
 _GONE = (FileNotFoundError, NotADirectoryError)
 
 
@@ -138,11 +138,11 @@ class Folder:
             record: what `read` returned.
             thorough: compare the content, and not only size and time; where the time tells nothing, it always is.
         """
-        if thorough or not record.mtime_ns:
+        if thorough or not record.changed_ns:
             now = self.read(record.id)
             return isinstance(now, FileRecord) and now.digest == record.digest
         found = self.look(record.id)
-        return isinstance(found, FileRecord) and (found.size, found.mtime_ns) == (record.size, record.mtime_ns)
+        return isinstance(found, FileRecord) and (found.size, found.changed_ns) == (record.size, record.changed_ns)
 
     def _trouble(self, name: str, error: OSError) -> str | None:
         if not isinstance(error, _GONE):
@@ -152,8 +152,29 @@ class Folder:
 
 def unchanged(known: FileRecord, found: FileRecord) -> bool:
     """Tell whether a file is, by its size and time alone, the one that was read before."""
-    times = known.mtime_ns == found.mtime_ns != 0
+    times = known.changed_ns == found.changed_ns != 0
     return known.digest is not None and known.size == found.size and times
+
+
+def is_there(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a file exists; one that cannot be asked for, on a disk that fails or is locked, counts as there."""
+    try:
+        os.stat(path)  # noqa: PTH116
+    except _GONE:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def changed_ns(status: os.stat_result) -> int:
+    """Return when a file last changed, as far as the system tells, in nanoseconds.
+
+    The time of its content alone does not tell two files that swapped names, or one that was copied over another with
+    its time kept. A rename changes the time of its status on the usual file systems (on Windows that one is the time of
+    its creation).
+    """
+    return max(status.st_mtime_ns, status.st_ctime_ns)
 
 
 def shown(path: str | os.PathLike[str]) -> str:
@@ -180,5 +201,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _record(root: str, name: str, status: os.stat_result) -> FileRecord:
-    fresh = time.time_ns() - status.st_mtime_ns < _TOO_FRESH
-    return FileRecord(root, name, status.st_size, 0 if fresh else status.st_mtime_ns, None)
+    changed = changed_ns(status)
+    fresh = time.time_ns() - changed < _TOO_FRESH
+    return FileRecord(root, name, status.st_size, 0 if fresh else changed, None)

@@ -1,12 +1,17 @@
 """`sync`: an index that follows a folder of images.
 
-An image's id is its POSIX path below the folder. The catalog records of every file the size, the time of its last
-change and a hash of its content: a file whose size and time are the same is not read, one whose content is the same is
-not embedded, and a content that the index holds under another id (a copy, a renamed file) lends its vector.
+An image's id is its POSIX path below the folder. The catalog records of every file the size, the time when its content
+or status last changed, and a hash of its content: a file whose size and time are the same is not read, one whose
+content is the same is not embedded, and a content that the index holds under another id (a copy, a renamed file) lends
+its vector.
 
 Every batch is committed, with the records of its files, before the next one is embedded. So a killed run loses the one
 batch that was being embedded, `batch_size` images at most, and the hashes of at most one slice of files; the next run
 goes on from there.
+
+An id belongs to the file that it was added for. It passes to a file of another folder when the first is gone and the
+second has the same content: the folder was moved. Other processes may add and remove entries meanwhile; so what belongs
+to whom is asked again within the transaction that changes it.
 
 Files that cannot be used are set aside: recorded with the reason, out of the index, and tried again when they change.
 A file that changes while it is embedded is set aside, too, and taken by the next run: what the catalog says of a
@@ -15,18 +20,18 @@ content is true of the vector beside it.
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from vitembed.errors import ConfigError, ModelMismatchError
-from vitembed.index.aside import NO_ID
+from vitembed.index.aside import NO_ID, Claims, recorded
 from vitembed.index.files import FileRecord
 from vitembed.index.folder import Folder, Listing, shown, unchanged
 from vitembed.index.index import Index
-from vitembed.index.inputs import id_problem
 from vitembed.index.lock import alone
 from vitembed.index.model import Batch, Model
 from vitembed.index.progress import Progress
@@ -36,6 +41,9 @@ from vitembed.index.vectors import FloatArray
 # few enough, in bytes too, that the files are still in the system's cache when they are decoded.
 _SLICE_BATCHES = 16
 _SLICE_BYTES = 1 << 29
+
+# Listed files that are compared with their records at a time.
+_LOOKED_UP = 4_096
 
 _CHANGED = "changed while it was read; the next sync takes it"
 
@@ -114,44 +122,68 @@ def sync(
 
 
 class _Run:
-    """One call of `sync`: what is known of the folder's files, and the counts."""
+    """One call of `sync`: what is known of the files in hand, and the counts."""
 
     def __init__(
         self, index: Index, model: Model, folder: Folder, batch_size: int, workers: int | None, retry: bool
     ) -> None:
         self.index, self.model, self.folder = index, model, folder
         self.batch_size, self.workers, self.retry = batch_size, workers, retry
-        self.known = index.catalog.file_records.of(folder.root)  # id -> record
-        self.gone = dict(self.known)
+        self.records, self.claims = index.catalog.file_records, Claims(index, folder.root)
+        self.known: dict[str, FileRecord] = {}  # id -> record, of the files in hand: there may be millions of others
+        self.gone: set[str] = set()
         self.added = self.updated = self.removed = self.unchanged = self.embedded = self.read = 0
         self.failed: dict[str, str] = {}
 
     def plan(self, listing: Listing) -> list[FileRecord]:
         """Return the files that must be read, as records without a digest; set aside what cannot be."""
+        todo, aside = list[FileRecord](), set[str]()
+        for start in range(0, len(listing.names), _LOOKED_UP):
+            names = listing.names[start : start + _LOOKED_UP]
+            self.known = self.records.find(self.folder.root, map(recorded, names))
+            found, bad = self._planned(names)
+            self._commit([], bad)
+            todo += found
+            aside |= {record.id for record in bad}
+        stays = "what the index holds of it stays"
+        closed = [self._aside(name, f"{reason}; {stays}") for name, reason in listing.closed.items()]
+        self.known = self.records.find(self.folder.root, [record.id for record in closed])
+        self._commit([], closed)
+        self._find_gone(listing, aside | {record.id for record in closed})
+        return todo
+
+    def _planned(self, names: Sequence[str]) -> tuple[list[FileRecord], list[FileRecord]]:
+        """Return which of these files must be read, and which cannot be used."""
         todo, aside = [], []
-        problems = self._problems([name for name in listing.names if self._live(name) is None])
-        for name in listing.names:
-            found = problems.get(name) or self.folder.look(name)
-            if found is None:
-                continue  # it stays among the gone
+        problems = self.claims.problems({name: None for name in names if self._live(name) is None})
+        for name in names:
+            known, found = self.known.get(name), problems.get(name) or self.folder.look(name)
             if isinstance(found, str):
                 aside.append(self._aside(name, found))
-                continue
-            known = self.gone.pop(name, None)
-            if known and unchanged(known, found) and not (self.retry and known.reason):
+            elif found is None:
+                self.gone |= {name} if known else set()
+            elif known and unchanged(known, found) and not (self.retry and known.reason):
                 self._keep(known)
             else:
                 todo.append(found)
-        for name, reason in listing.closed.items():
-            aside.append(self._aside(name, f"{reason}; what the index holds of it stays"))
-            self._keep_below(name)
-        self._commit([], aside)
-        return todo
+        return todo, aside
+
+    def _find_gone(self, listing: Listing, aside: Collection[str]) -> None:
+        """Tell which recorded files are not listed any more; those below a folder that cannot be read are left."""
+        for record in self.records.of(self.folder.root):
+            place = bisect_left(listing.names, record.id)
+            if listing.names[place : place + 1] == [record.id] or record.id in aside:
+                continue
+            name = record.id.removeprefix(NO_ID)
+            if listing.closed and any(name[:end] in listing.closed for end, sign in enumerate(name) if sign == "/"):
+                self._keep(record)
+            else:
+                self.gone.add(record.id)
 
     def take(self, files: Sequence[FileRecord], progress: Progress) -> None:
         """Bring one slice of files into the index, batch by batch."""
-        copies: dict[str, list[FileRecord]] = {}  # content -> the files that hold it
-        records = []
+        self.known = self.records.find(self.folder.root, [file.id for file in files])
+        fresh, records = list[FileRecord](), list[FileRecord]()
         for number, file in enumerate(files, 1):
             found = self.folder.read(file.id)
             settled = not isinstance(found, FileRecord) or self._is_known(found)
@@ -161,12 +193,17 @@ class _Run:
                     self._keep(self.known[found.id])
                     records.append(replace(found, reason=self.known[found.id].reason))
                 else:
-                    copies.setdefault(str(found.digest), []).append(found)
+                    fresh.append(found)
             else:
                 records += self._lost(file, found)
             progress.advance(int(settled), f"comparing {number:,} of {len(files):,}")
-        self._commit([], records)
-        progress.advance(self._lend(copies))
+        problems = self.claims.problems({file.id: file.digest for file in fresh if self._live(file.id) is None})
+        self._commit([], [*records, *(self._aside(name, problem) for name, problem in problems.items())])
+        copies: dict[str, list[FileRecord]] = {}  # content -> the files that hold it
+        for file in fresh:
+            if file.id not in problems:
+                copies.setdefault(str(file.digest), []).append(file)
+        progress.advance(len(problems) + self._lend(copies))
         for done in self._embed(list(copies.values())):
             progress.advance(done)
 
@@ -174,10 +211,9 @@ class _Run:
         """Remove the entries and records of files that are no longer there."""
         if not self.gone:
             return
-        present = [name for name, record in self.gone.items() if record.reason is None]
         with self.index.transaction():
-            self.removed += self.index.remove(present, missing_ok=True)
-            self.index.catalog.file_records.forget(self.folder.root, self.gone)
+            self.removed += self.index.remove(self.claims.own(self.gone))
+            self.records.forget(self.folder.root, self.gone)
 
     def report(self, seconds: float) -> SyncReport:
         """Return the counts."""
@@ -192,19 +228,6 @@ class _Run:
             seconds=seconds,
         )
 
-    def _problems(self, names: Sequence[str]) -> dict[str, str]:
-        """Return those of these names that cannot be ids, or are the ids of something else, and why."""
-        problems = {name: problem for name in names if (problem := id_problem(name))}
-        taken = self.index.catalog.find([name for name in names if name not in problems])
-        owners = self.index.catalog.file_records.owners(taken)
-        for name in taken:
-            if name not in owners:
-                problems[name] = "is in the index already and was not added by sync"
-            elif Path(owners[name].root, name).exists():
-                problems[name] = f"is in the index already for a file in {owners[name].root}"
-            # An owner that is gone has moved here with its folder, and hands its id over.
-        return {name: f"its name below the folder is its id, which {problem}" for name, problem in problems.items()}
-
     def _live(self, name: str) -> FileRecord | None:
         known = self.known.get(name)
         return known if known and known.reason is None else None
@@ -215,11 +238,6 @@ class _Run:
         else:
             self.failed[self._shown(known.id)] = known.reason
 
-    def _keep_below(self, folder: str) -> None:
-        """Leave what is known of the files of a folder that cannot be read."""
-        for name in [name for name in self.gone if name.startswith(f"{folder}/")]:
-            self._keep(self.gone.pop(name))
-
     def _is_known(self, file: FileRecord) -> bool:
         """Tell whether a file was only touched: its content is the one that was recorded."""
         known = self.known.get(file.id)
@@ -227,28 +245,24 @@ class _Run:
 
     def _aside(self, name: str, reason: str) -> FileRecord:
         """Return the record of a file that could not be read; the next run looks at it again."""
-        if id_problem(name):
-            name = NO_ID + shown(name)
-        self.gone.pop(name, None)
-        return FileRecord(self.folder.root, name, 0, 0, None, reason)
+        return FileRecord(self.folder.root, recorded(name), 0, 0, None, reason)
 
     def _lost(self, file: FileRecord, reason: str | None) -> list[FileRecord]:
         """Return the record of a file that could be looked at and not read; none, when it went away meanwhile."""
         if reason is not None:
             return [self._aside(file.id, reason)]
         if file.id in self.known:
-            self.gone[file.id] = self.known[file.id]
+            self.gone.add(file.id)
         return []
 
     def _lend(self, copies: dict[str, list[FileRecord]]) -> int:
         """Give files whose content the index holds already that content's vector; take them out of `copies`."""
-        if not self.index.catalog.file_records.copies(copies):
+        if not self.records.copies(copies):
             return 0
         # All vectors are fetched before any is replaced: of two files that swapped contents, each lends to the other.
         # In one transaction, so that no other process removes the lender in between.
         with self.index.transaction():
-            owners = self.index.catalog.file_records.copies(copies)
-            vectors = {digest: self.index.get(owner.id).vector for digest, owner in owners.items()}
+            vectors = {digest: self.index.get(name).vector for digest, name in self.records.copies(copies).items()}
             entries = [(file, vector) for digest, vector in vectors.items() for file in copies.pop(digest)]
             self._commit(entries, [])
         return len(entries)
@@ -259,9 +273,7 @@ class _Run:
             again: list[list[FileRecord]] = []
             paths = [Path(self.folder.path(group[0].id)) for group in groups]
             for batch in self.model.stream(paths, batch_size=self.batch_size, workers=self.workers):
-                entries: list[tuple[FileRecord, FloatArray]] = []
-                records: list[FileRecord] = []
-                spoilt = 0
+                entries, records, spoilt = list[tuple[FileRecord, FloatArray]](), list[FileRecord](), 0
                 for position, result in _results(batch):
                     first, *others = group = groups[position]
                     # What the model met must be what was hashed. A failure is rare, and worth a closer look.
@@ -284,15 +296,21 @@ class _Run:
         records = [record for record in records if self.known.get(record.id) != record]
         if not entries and not records:
             return
-        files = [file for file, _ in entries]
-        aside = [record.id for record in records if record.reason is not None]
         with self.index.transaction():
-            if entries:
+            # Since they were looked at, others may have taken these ids, or removed them.
+            own = self.claims.own([*(file.id for file, _ in entries), *(record.id for record in records)])
+            problems = self.claims.problems({file.id: file.digest for file, _ in entries if file.id not in own})
+            entries = [(file, vector) for file, vector in entries if file.id not in problems]
+            files = [file for file, _ in entries]
+            if files:
                 metadata = [{"path": self.folder.path(file.id)} for file in files]
                 self.index.add([file.id for file in files], np.stack([vector for _, vector in entries]), metadata)
-            self.index.remove([name for name in aside if self._live(name)], missing_ok=True)
-            self.index.catalog.file_records.put([*files, *records])
-        updated = sum(self._live(file.id) is not None for file in files)
+            records = [record for record in records if record.id in own or record.reason is not None]
+            records += [self._aside(name, problem) for name, problem in problems.items()]
+            self.index.remove([record.id for record in records if record.reason is not None and record.id in own])
+            self.records.put([*files, *records])
+        self.failed |= {self._shown(name): problem for name, problem in problems.items()}
+        updated = sum(file.id in own for file in files)
         self.updated += updated
         self.added += len(files) - updated
 
