@@ -9,7 +9,7 @@ import typer
 
 from vitembed.cli.evaluating import expand_folders
 from vitembed.cli.models import MODEL, find_model, location_of, open_model
-from vitembed.cli.output import BatchSize, Device, Json, print_figures, print_json, print_table, warn
+from vitembed.cli.output import BatchSize, Device, IndexPath, Json, print_figures, print_json, print_table, warn
 from vitembed.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 FAULTY = 1  # exit status of a check that found something
 
-IndexPath = Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder.")]
 ModelPath = Annotated[
     str | None, typer.Option(help="The model's folder, if it is no longer where the index was made with it.")
 ]

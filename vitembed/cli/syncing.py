@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vitembed.cli.models import MODEL, find_model, location_of, open_model
-from vitembed.cli.output import BatchSize, Device, Json, Workers, print_figures, print_json, warn
+from vitembed.cli.output import BatchSize, Device, IndexPath, Json, Workers, print_figures, print_json, warn
 
 if TYPE_CHECKING:
     from vitembed.index import Index
 
 # How many of the files that cannot be used are named one by one; --json has all of them.
 NAMED = 10
-
-IndexPath = Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder.")]
 
 
 def sync(
