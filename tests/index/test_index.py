@@ -567,10 +567,21 @@ def test_an_entry_that_was_deleted_behind_the_bitmap_is_an_error_and_not_a_short
     with Index.open(filled) as index:
         with pytest.raises(SearchIndexError, match="live row 1 has no entry"):
             index.search(unit(1), k=100)
-        with pytest.raises(SearchIndexError, match="100 rows live and 99 have an id"):
+        with pytest.raises(SearchIndexError, match="others live than have an entry"):
             index.ids()
         with pytest.raises(DataError, match="not in the index"):
             index.get("id1")
+
+
+def test_an_entry_that_has_strayed_to_another_row_is_an_error_and_not_another_list(filled):
+    mark = database.seal(5_000, "id1", "{}")
+    edit(filled, "DELETE FROM items WHERE id = 'id1'")
+    edit(filled, f"INSERT INTO items VALUES (5000, 'id1', '{{}}', {mark})")
+    with Index.open(filled) as index:
+        for use in (index.ids, index.entries, lambda: list(index.stream())):
+            with pytest.raises(SearchIndexError, match="others live|no entry"):
+                use()
+        assert any("others live" in problem for problem in index.check())
 
 
 def test_settings_and_formats_that_do_not_fit_are_refused(filled, tmp_path):

@@ -243,13 +243,6 @@ class Catalog:
 
     # Items
 
-    def ids(self) -> list[str]:
-        """Return all ids by row."""
-        ids = [item.id for item in self._items("row >= ?", 0)]
-        if len(ids) != self.live():
-            raise self._db.damaged(f"{self.live()} rows live and {len(ids)} have an id")
-        return ids
-
     def find(self, ids: Iterable[str]) -> dict[str, Item]:
         """Return the items of those ids that are in the index.
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from vitembed.errors import SearchIndexError
-from vitembed.index.blocks import Block
 from vitembed.index.catalog import Catalog
 from vitembed.index.rows import Rows
 
@@ -20,7 +19,8 @@ def lasting_problems(catalog: Catalog, rows: Rows) -> Iterator[str]:
     yield from catalog.check()
     for block in rows.blocks:
         try:
-            yield from _block_problems(catalog, rows, block)
+            rows.verified(np.flatnonzero(rows.mask[block.start : block.stop]) + block.start)
+            rows.all_items(block.start, block.stop)
         except SearchIndexError as error:
             yield str(error)
 
@@ -32,12 +32,3 @@ def cache_problems(rows: Rows) -> Iterator[str]:
     if rows.optimization and rows.optimization.file and rows.structure() is None:
         file = rows.vectors.path.with_name(rows.optimization.file)
         yield f"{file}: the structure is missing or damaged; searches are exact until it is built again"
-
-
-def _block_problems(catalog: Catalog, rows: Rows, block: Block) -> list[str]:
-    live = np.flatnonzero(rows.mask[block.start : block.stop]) + block.start
-    rows.verified(live)
-    found = [item.row for item in catalog.items_between(block.start, block.stop)]
-    if found != live.tolist():
-        return [f"{rows.vectors.path.parent}: of rows {block.start} to {block.stop - 1} others live than have an entry"]
-    return []

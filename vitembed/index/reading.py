@@ -137,8 +137,8 @@ class IndexReader:
 
     def ids(self) -> list[str]:
         """Return all ids, in the order in which they were last added."""
-        with self._open(), self.catalog.reading():
-            return self.catalog.ids()
+        with self.snapshot() as rows:
+            return [item.id for item in rows.all_items()]
 
     def entries(self, where: Mapping[str, Any] | None = None) -> dict[str, Metadata]:
         """Return the metadata of all entries by id, in the order in which they were last added.
@@ -152,11 +152,7 @@ class IndexReader:
         """
         with self.snapshot() as rows:
             mask = rows.mask if where is None else rows.matching(parse(where))
-            items = self.catalog.items(np.flatnonzero(mask).tolist())
-            if len(items) != np.count_nonzero(mask):
-                raise SearchIndexError(
-                    f"{self.path} is damaged: a live row has no entry; restore the index from a copy"
-                )
+            items = [item for item in rows.all_items() if mask[item.row]]
             return {item.id: json.loads(item.metadata) for item in items}
 
     def get(self, name: str) -> Record:

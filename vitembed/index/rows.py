@@ -261,16 +261,25 @@ class Rows:
         except KeyError as error:
             raise self._damaged(f"live row {error} has no entry") from error
 
+    def all_items(self, start: int = 0, stop: int | None = None) -> list[Item]:
+        """Return the items of all live rows from `start` to before `stop`, by row.
+
+        Raises:
+            SearchIndexError: they are not those of the rows that live, or one does not match its checksum.
+        """
+        stop = len(self.mask) if stop is None else stop
+        items = self._catalog.items_between(start, stop)
+        if [item.row for item in items] != (np.flatnonzero(self.mask[start:stop]) + start).tolist():
+            raise self._damaged(f"of rows {start} to {stop - 1} others live than have an entry")
+        return items
+
     def matching(self, wanted: Filter) -> BoolArray:
         """Return which live rows match a filter, (rows,) bool."""
         self._columns.require(wanted.keys(), len(self.mask))
         return self.mask & wanted.rows(self._columns)
 
     def _metadata(self, start: int, stop: int) -> Iterator[tuple[int, str]]:
-        items = self._catalog.items_between(start, stop)
-        if [item.row for item in items] != (np.flatnonzero(self.mask[start:stop]) + start).tolist():
-            raise self._damaged(f"of rows {start} to {stop - 1} others live than have an entry")
-        return ((item.row, item.metadata) for item in items)
+        return ((item.row, item.metadata) for item in self.all_items(start, stop))
 
     def _damaged_row(self, row: int) -> SearchIndexError:
         items = self._catalog.items([row])
