@@ -170,3 +170,16 @@ def test_an_index_is_optimised_compacted_checked_and_repaired(cli: Runner, place
         ["--kind", "hnsw", "--memory", "1KB"],
     ):
         line(cli("index", "optimize", place, *options))
+
+
+def test_entries_are_annotated_from_a_table_and_listed(cli: Runner, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("id,town\nid3,Bern\nid4,Genf\n")
+    assert cli("index", "annotate", place, tmp_path / "t.csv", "--json").json["annotated"] == 2
+    assert cli("index", "list", place, "--where", "town^=Be").out == "id3\n"
+    [entry] = cli("index", "list", place, "--where", "town=Genf", "--json").json
+    assert (entry["id"], entry["metadata"]["year"]) == ("id4", 2004)
+    assert len(cli("index", "list", place).out.splitlines()) == 1_200
+    assert cli("index", "info", place, "--json").json["dead_rows"] == 2
+    (tmp_path / "t.csv").write_text("id,town\nnobody,Bern\n")
+    assert "not in the index: 'nobody'" in line(cli("index", "annotate", place, tmp_path / "t.csv"))
+    assert "an argument is empty" in line(cli("index", "sync", place, ""))

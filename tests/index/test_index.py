@@ -579,7 +579,7 @@ def test_an_entry_that_has_strayed_to_another_row_is_an_error_and_not_another_li
     edit(filled, f"INSERT INTO items VALUES (5000, 'id1', '{{}}', {mark})")
     with Index.open(filled) as index:
         for use in (index.ids, index.entries, lambda: list(index.stream())):
-            with pytest.raises(SearchIndexError, match="others live|no entry"):
+            with pytest.raises(SearchIndexError, match=r"others live|no entry"):
                 use()
         assert any("others live" in problem for problem in index.check())
 

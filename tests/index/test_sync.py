@@ -866,3 +866,25 @@ def test_progress_on_a_terminal_is_a_bar_with_rate_and_remaining_time(index, mod
     bar = capsys.readouterr().err.split("\r")[-1]
     assert "11/11 [00:00<00:00" in bar
     assert "images/s" in bar
+
+
+def test_annotations_stay_when_a_file_changes(index, model, folder):
+    sync(index, model, folder)
+    index.annotate(["sub dir/3.png"], [{"year": 2020, **index.get("sub dir/3.png").metadata}])
+    assert sync(index, model, folder) == SyncReport(unchanged=11)
+    write(folder / "sub dir" / "3.png", b"another image", age=50)
+    assert sync(index, model, folder) == SyncReport(updated=1, unchanged=10)
+    assert index.get("sub dir/3.png").metadata == {"year": 2020, "path": str(folder / "sub dir" / "3.png")}
+
+
+def test_imported_entries_are_taken_over_when_they_name_these_files(index, model, folder, tmp_path):
+    sync(index, model, folder)
+    with Index.create(tmp_path / "imported.index", index.dim) as imported:
+        for batch in index.stream():
+            imported.add(batch.ids, batch.vectors, batch.metadata)
+        other = {"path": str(tmp_path / "elsewhere.png")}
+        imported.annotate(["sub dir/4.png"], [other])
+        report = sync(imported, model, folder)
+        assert (report.added, list(report.failed)) == (10, [str(folder / "sub dir" / "4.png")])
+        assert imported.get("sub dir/4.png").metadata == other
+        assert sync(imported, model, folder).unchanged == 10

@@ -1,9 +1,11 @@
 """What keeps files out of an index: names that are the ids of something else, and reasons to set them aside."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitembed.index.catalog import Item
 from vitembed.index.files import FileRecord
 from vitembed.index.folder import is_there, shown
 from vitembed.index.index import Index
@@ -74,17 +76,19 @@ class Claims:
         problems = {name: problem for name in files if (problem := id_problem(name))}
         taken = self._catalog.find([name for name in files if name not in problems])
         owners = self._catalog.file_records.owners(taken)
-        for name in taken:
-            problem = self._problem(name, owners.get(name), files[name])
+        for name, item in taken.items():
+            problem = self._problem(item, owners.get(name), files[name])
             if problem:
                 problems[name] = problem
         return {name: f"its name below the folder is its id, which {problem}" for name, problem in problems.items()}
 
-    def _problem(self, name: str, owner: FileRecord | None, digest: str | None) -> str | None:
+    def _problem(self, item: Item, owner: FileRecord | None, digest: str | None) -> str | None:
         """Return why an id that is in the index is not one for a file of this folder."""
         if owner is None:
-            return "is in the index already and was not added by sync"
-        place = Path(owner.root, name)
+            # One that was imported, or added by hand, for this very file is taken over.
+            ours = json.loads(item.metadata).get("path") == str(Path(self._root, item.id))
+            return None if ours else "is in the index already and was not added by sync"
+        name, place = item.id, Path(owner.root, item.id)
         if owner.root == self._root:
             return None
         if is_there(place):

@@ -18,17 +18,20 @@ A file that changes while it is embedded is set aside, too, and taken by the nex
 content is true of the vector beside it.
 """
 
+import json
 import os
 import time
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vitembed.errors import ConfigError, ModelMismatchError
 from vitembed.index.aside import NO_ID, Claims, recorded
+from vitembed.index.catalog import Item
 from vitembed.index.files import FileRecord
 from vitembed.index.folder import Folder, Listing, shown, unchanged
 from vitembed.index.index import Index
@@ -86,8 +89,9 @@ def sync(
 ) -> SyncReport:
     """Make an index hold the images of a folder: new, changed and removed files, and no others of this folder.
 
-    Entries that came from elsewhere are left alone. It may be stopped or killed at any time and called again. The
-    metadata of an entry become `{"path": absolute path}`.
+    Entries that came from elsewhere are left alone, unless they name one of these files as their path. It may be
+    stopped or killed at any time and called again. The metadata of a new entry are `{"path": absolute path}`; what
+    `Index.annotate` adds stays when the file changes.
 
     Args:
         index: the index; it takes over the model's fingerprint if it has none.
@@ -303,7 +307,8 @@ class _Run:
             entries = [(file, vector) for file, vector in entries if file.id not in problems]
             files = [file for file, _ in entries]
             if files:
-                metadata = [{"path": self.folder.path(file.id)} for file in files]
+                known = self.index.catalog.find([file.id for file in files])
+                metadata = [{**_annotations(known.get(file.id)), "path": self.folder.path(file.id)} for file in files]
                 self.index.add([file.id for file in files], np.stack([vector for _, vector in entries]), metadata)
             records = [record for record in records if record.id in own or record.reason is not None]
             records += [self._aside(name, problem) for name, problem in problems.items()]
@@ -316,6 +321,12 @@ class _Run:
 
     def _shown(self, name: str) -> str:
         return shown(self.folder.path(name.removeprefix(NO_ID)))
+
+
+def _annotations(known: Item | None) -> dict[str, Any]:
+    """Return what an entry that is replaced says beside its path."""
+    metadata: dict[str, Any] = json.loads(known.metadata) if known else {}
+    return metadata
 
 
 def _results(batch: Batch) -> Iterator[tuple[int, FloatArray | str]]:
