@@ -183,3 +183,13 @@ def test_entries_are_annotated_from_a_table_and_listed(cli: Runner, place: Path,
     (tmp_path / "t.csv").write_text("id,town\nnobody,Bern\n")
     assert "not in the index: 'nobody'" in line(cli("index", "annotate", place, tmp_path / "t.csv"))
     assert "an argument is empty" in line(cli("index", "sync", place, ""))
+
+
+def test_json_is_json_whatever_the_name_of_a_file(cli: Runner, place: Path, tmp_path: Path) -> None:
+    import sys
+
+    if sys.platform != "linux":
+        pytest.skip("names that are no UTF-8")
+    name = str(tmp_path) + "/odd\udcff.npy"
+    np.save(name, VECTORS[:1])
+    assert cli("search", place, "--vectors", name, "-k", 1, "--json").json[0]["query"] == f"{name}[0]"

@@ -17,12 +17,19 @@ Device = Annotated[
     str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps; the first accelerator by default.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images in one pass of the network.")]
-Workers = Annotated[int | None, typer.Option(min=0, help="Processes that decode images; one a core by default.")]
+Workers = Annotated[
+    int | None, typer.Option(min=0, help="Threads or processes that decode images; one a core by default.")
+]
 
 
 def print_json(document: object) -> None:
     """Print one JSON document on standard output."""
-    typer.echo(json.dumps(document, indent=2, ensure_ascii=False, default=_to_json))
+    text = json.dumps(document, indent=2, ensure_ascii=False, default=_to_json)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the name of a file that is no UTF-8
+        text = json.dumps(document, indent=2, default=_to_json)
+    typer.echo(text)
 
 
 def print_table(rows: Sequence[Sequence[object]]) -> None:

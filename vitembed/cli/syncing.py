@@ -88,6 +88,7 @@ def migrate(
     choice: Missing = missing  # type: ignore[assignment]  # checked there
     with Index.open(index) as opened:
         embedder = open_model(model, device)
+        optimised = opened.optimization is not None
         try:
             with _goes_on(opened, "migration"):
                 report = migrate_index(
@@ -101,9 +102,11 @@ def migrate(
                     restart=restart,
                 )
         except UnreadableFilesError as error:
-            _name_failed(error.failed, "cannot be read")
+            _name_failed(error.failed, "cannot be read", "--missing drop --json lists")
             raise
     _name_failed(report.failed)
+    if optimised:
+        warn(f"searches are exact until you run: vitembed index optimize {index}")
     figures = {"index": str(index), "model": location_of(model), **asdict(report)}
     if json:
         print_json(figures)
@@ -122,8 +125,8 @@ def _goes_on(index: "Index", what: str) -> Iterator[None]:
         raise
 
 
-def _name_failed(failed: Mapping[str, str], what: str = "set aside") -> None:
+def _name_failed(failed: Mapping[str, str], what: str = "set aside", all_of_them: str = "--json lists") -> None:
     for path, reason in list(failed.items())[:NAMED]:
         warn(f"{what}: {path}: {reason}")
     if len(failed) > NAMED:
-        warn(f"{what}: {len(failed) - NAMED:,} more; --json lists all of them")
+        warn(f"{what}: {len(failed) - NAMED:,} more; {all_of_them} all of them")

@@ -253,10 +253,10 @@ class _Scan:
             rough, rows, bound = _scan_codes(coded, mask, self.query, width)
             rest = -np.inf if width == alive else float(rough.min())
         else:
-            wide, kept = width, 0
-            while kept < width:
+            wide, kept, least = width, 0, width if width == alive else max(width - SPARE, 1)
+            while kept < least:
                 if alive < len(mask):
-                    wide = min(int(wide * len(mask) / alive * 1.5) + 1, len(mask))  # of which about enough live
+                    wide = min(int(wide * len(mask) / alive) + 1, len(mask))  # of which about `width` live
                 rough, rows, bound = _scan_codes(coded, None, self.query, wide)
                 kept = int(np.count_nonzero(mask[rows]))
             rest = -np.inf if wide == len(mask) else float(rough.min())
