@@ -233,6 +233,17 @@ def test_a_filter_that_makes_no_sense_is_refused(index, where):
         index.search(unit(1), where=where)
 
 
+def test_metadata_are_nested_no_deeper_than_can_be_read_back(index):
+    def nested(depth):
+        return {"v": nested(depth - 1)} if depth > 1 else {"v": "[" * 300}
+
+    index.add(["deep"], unit(1), [nested(100)])
+    assert index.search(unit(1))[0][0].metadata == nested(100)
+    with pytest.raises(DataError, match="metadata of 'deeper' cannot be written as JSON: it is nested 101 deep"):
+        index.add(["deeper"], unit(1), [nested(101)])
+    assert index.ids() == ["deep"]
+
+
 # Bad input: an error that names the item, and nothing changed
 
 

@@ -30,6 +30,7 @@ import numpy.typing as npt
 from vitembed.index import faiss_kernels as kernels
 from vitembed.index.blocks import BoolArray
 from vitembed.index.codes import CODE_ROWS, CodedRows
+from vitembed.index.mapped import Bytes
 from vitembed.index.vectors import FloatArray, StoredArray
 
 RowArray = npt.NDArray[np.int64]
@@ -41,7 +42,7 @@ _T = TypeVar("_T")
 FEW_QUERIES = 6
 
 # Up to this many rows are scored outright.
-FEW_ROWS = 1_024
+FEW_ROWS = 256
 
 # Queries multiplied at a time, which bounds the table of candidates.
 QUERY_ROWS = 1_024
@@ -52,9 +53,9 @@ SPARE, PRODUCT_SPARE = 22, 6
 # Rows multiplied at a time where all of them live, and nothing needs to be copied.
 PRODUCT_ROWS = 131_072
 
-# From this share of living rows on all rows of a block are scanned, and the dead ones dropped afterwards: asking for
-# each row whether it lives takes longer than its product.
-_DENSE = 0.25
+# From this share of living rows on all rows of a block are scanned, and the dead ones dropped afterwards; below it the
+# living are copied together first.
+_DENSE = 0.15
 
 # How much more is kept when a block is looked at again.
 _WIDER = 16
@@ -250,14 +251,16 @@ class _Scan:
             bound = rounding(len(self.query))
             rest = -np.inf if width == alive else float(rough.min())
         elif alive < _DENSE * len(mask):
-            rough, rows, bound = _scan_codes(coded, mask, self.query, width)
+            live = np.flatnonzero(mask)
+            rough, places, bound = _scan_codes(coded, coded.codes[live], self.query, width)
+            rows = live[places]
             rest = -np.inf if width == alive else float(rough.min())
         else:
             wide, kept, least = width, 0, width if width == alive else max(width - SPARE, 1)
             while kept < least:
                 if alive < len(mask):
                     wide = min(int(wide * len(mask) / alive) + 1, len(mask))  # of which about `width` live
-                rough, rows, bound = _scan_codes(coded, None, self.query, wide)
+                rough, rows, bound = _scan_codes(coded, coded.codes, self.query, wide)
                 kept = int(np.count_nonzero(mask[rows]))
             rest = -np.inf if wide == len(mask) else float(rough.min())
             rough, rows = rough[mask[rows]], rows[mask[rows]]
@@ -266,22 +269,23 @@ class _Scan:
     def _scan_floats(self, start: int, mask: BoolArray, width: int) -> tuple[ScoreArray, RowArray]:
         live = np.flatnonzero(mask)
         vectors = self.source.verified(live + start)
-        rough = (as_floats(vectors[start : start + len(mask)]) @ self.query)[live].astype(np.float64)
+        if len(live) < _DENSE * len(mask):
+            rough = as_floats(vectors[live + start]) @ self.query
+        else:
+            rough = (as_floats(vectors[start : start + len(mask)]) @ self.query)[live]
         best = np.argpartition(-rough, width - 1)[:width]
-        return rough[best], live[best]
+        return rough[best].astype(np.float64), live[best]
 
 
-def _scan_codes(
-    coded: CodedRows, mask: BoolArray | None, query: FloatArray, width: int
-) -> tuple[ScoreArray, RowArray, float]:
-    """Return rough scores (width,), positions (width,) and the bound on the scores' error."""
+def _scan_codes(coded: CodedRows, codes: Bytes, query: FloatArray, width: int) -> tuple[ScoreArray, RowArray, float]:
+    """Return rough scores (width,), positions among these codes (width,) and the bound on the scores' error."""
     scaled = query.astype(np.float64) * coded.steps
     step = float(np.abs(scaled).max()) / 127 or 1.0
     whole = np.rint(scaled / step).astype(np.float32)
     left = scaled - step * whole.astype(np.float64)
     used = coded.steps > 0
     off = min(np.linalg.norm(left[used] / coded.steps[used]) * (1 + coded.slack), np.linalg.norm(left) * coded.norm)
-    products, positions = kernels.scan_codes(coded.codes, whole, width, mask)
+    products, positions = kernels.scan_codes(codes, whole, width)
     # The sums are of whole numbers, but in float32 they may round when there are many.
     bound = 1.002 * (float(off) + coded.slack) + 2 * rounding(len(query))
     return products.astype(np.float64) * step, positions, bound

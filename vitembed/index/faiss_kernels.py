@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vitembed.index.blocks import BoolArray
 from vitembed.index.mapped import Bytes
 from vitembed.index.vectors import FloatArray
 
@@ -32,22 +31,19 @@ def nearest_floats(rows: FloatArray, queries: FloatArray, k: int) -> tuple[Float
     return scores, positions
 
 
-def scan_codes(codes: Bytes, query: FloatArray, k: int, mask: BoolArray | None) -> tuple[FloatArray, PositionArray]:
+def scan_codes(codes: Bytes, query: FloatArray, k: int) -> tuple[FloatArray, PositionArray]:
     """Return products (k,) and positions (k,) of the k codes of highest inner product with a query of whole numbers.
 
     Args:
-        codes: (n, dim) uint8, offset by 128; at least k of the mask.
+        codes: (n, dim) uint8, offset by 128, contiguous; at least k.
         query: (dim,) float32 whole numbers in [-127, 127]. (FAISS may drop what comes after the point.)
         k: how many.
-        mask: (n,) bool, the rows that may be found; None for all.
     """
     faiss = load_faiss()
     count, dim = codes.shape
-    bits = None if mask is None else np.packbits(mask, bitorder="little")
-    selector = None if bits is None else faiss.IDSelectorBitmap(bits.size, faiss.swig_ptr(bits))
     quantiser = faiss.ScalarQuantizer(dim, faiss.ScalarQuantizer.QT_8bit_direct_signed)
-    # `store_pairs`: a result is the position in the list, and the selector is asked for positions.
-    scanner = quantiser.select_InvertedListScanner(faiss.METRIC_INNER_PRODUCT, None, True, selector, False)
+    # With `store_pairs` a result is the position in the list.
+    scanner = quantiser.select_InvertedListScanner(faiss.METRIC_INNER_PRODUCT, None, True, None, False)
     products = np.full(k, -np.inf, np.float32)
     positions = np.full(k, -1, np.int64)
     scanner.set_query(faiss.swig_ptr(query))
