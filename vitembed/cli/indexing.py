@@ -201,9 +201,9 @@ def compact(index: IndexPath, json: Json = False) -> None:
     from vitembed.index import Index
 
     with Index.open(index) as opened:
-        lost = opened.optimization is not None
+        known = opened.optimization
         dropped = opened.compact()
-        if lost and opened.optimization is None:
+        if known and known.file and opened.optimization is None:
             warn(f"searches are exact again until you run: vitembed index optimize {index}")
     figures = {"index": str(index), "dropped": dropped}
     print_json(figures) if json else print_figures(figures)

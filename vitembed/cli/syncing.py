@@ -88,7 +88,7 @@ def migrate(
     choice: Missing = missing  # type: ignore[assignment]  # checked there
     with Index.open(index) as opened:
         embedder = open_model(model, device)
-        optimised = opened.optimization is not None
+        known = opened.optimization
         try:
             with _goes_on(opened, "migration"):
                 report = migrate_index(
@@ -105,7 +105,7 @@ def migrate(
             _name_failed(error.failed, "cannot be read", "--missing drop --json lists")
             raise
     _name_failed(report.failed)
-    if optimised:
+    if known and known.file:
         warn(f"searches are exact until you run: vitembed index optimize {index}")
     figures = {"index": str(index), "model": location_of(model), **asdict(report)}
     if json:
