@@ -103,6 +103,7 @@ def _reconstructed(path: Path, ids: Path) -> Iterator[Source]:
     ):
 
         def receive(size: int) -> bytes:
+            """Return the next bytes of the child, all of them."""
             assert child.stdout is not None
             data = child.stdout.read(size)
             if len(data) < size:

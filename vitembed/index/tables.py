@@ -57,6 +57,7 @@ def table_source(path: Path, columns: TableColumns) -> Source:
             yield from _ids_of(batch, columns)
 
     def batches() -> Iterator[Batch]:
+        """Read the table from its beginning."""
         row = 0
         for batch in _record_batches(path, [columns.id, columns.vector, *taken], batch_rows(dim or 1)):
             with reading(path):
