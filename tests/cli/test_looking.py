@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,15 @@ def test_duplicates_prints_what_the_library_finds(index: Path) -> None:
         groups = near_duplicates(opened, 0.9)
     assert len(groups) == 3
     done = call("duplicates", index, "--score", "0.9", "--json")
-    assert json.loads(done.stdout) == {"score": 0.9, "groups": json.loads(json.dumps([asdict(one) for one in groups]))}
+    printed = [
+        {
+            "representative": one.representative,
+            "weakest": one.weakest,
+            "members": [{"id": hit.id, "score": hit.score, "metadata": hit.metadata} for hit in one.members],
+        }
+        for one in groups
+    ]
+    assert json.loads(done.stdout) == {"score": 0.9, "groups": printed}
     printed = call("duplicates", index, "--score", "0.9").stdout
     assert "3 groups, 12 entries" in printed
     assert re.findall(r"(\S+)  \*$", printed, flags=re.MULTILINE) == [one.representative for one in groups]

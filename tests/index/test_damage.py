@@ -17,7 +17,7 @@ import pytest
 from benchmarks.torture import breaking, damage
 from benchmarks.torture.entries import vector_of
 from vitembed.errors import DataError, SearchIndexError
-from vitembed.index import Index, Record
+from vitembed.index import Hit, Index, Record
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,7 +112,7 @@ def test_every_kind_of_wrong_answer_is_noticed(answers, sample):
     wrong = {
         "search": [hits[::-1]],
         "batch": [hits[:-1], *answers["batch"][1:]],
-        "default": [[replace(hits[0], score=hits[0].score + 1e-6), *hits[1:]]],
+        "default": [[Hit(hits[0].id, hits[0].score + 1e-6, hits[0].metadata), *hits[1:]]],
         "filtered": [hits],
         "within": [answers["within"][0][:-1]],
         "get": Record(record.id, np.negative(record.vector), record.metadata),

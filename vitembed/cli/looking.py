@@ -25,8 +25,6 @@ def duplicates(
 
     Example: vitembed duplicates photos.index --html duplicates.html
     """
-    from dataclasses import asdict
-
     from vitembed.files import atomic_path
     from vitembed.gallery import group_rows
     from vitembed.index import Index
@@ -38,7 +36,8 @@ def duplicates(
             note = f"Entries that are connected by pairs of score {score:g} or more; scores are to the first one."
             write_sheet(page, group_rows(groups), f"Near-duplicates in {index.name}", note)
     if json:
-        print_json({"score": score, "groups": [asdict(group) for group in groups]})
+        shown = [{**vars(group), "members": [hit.as_dict() for hit in group.members]} for group in groups]
+        print_json({"score": score, "groups": shown})
         return
     for group in groups:
         typer.echo(f"{len(group.members)} alike, lowest linked score {group.weakest:.4f}:")
@@ -61,8 +60,6 @@ def cluster(
 
     Example: vitembed cluster photos.index --clusters 12 --html clusters.html
     """
-    from dataclasses import asdict
-
     from vitembed.files import atomic_path
     from vitembed.gallery import cluster_rows
     from vitembed.index import Index
@@ -75,7 +72,7 @@ def cluster(
             write_sheet(page, cluster_rows(found), f"Clusters of {index.name}", note)
     if json:
         members = [
-            {"medoid": one.medoid, "size": len(one.members), "members": [asdict(hit) for hit in one.members]}
+            {"medoid": one.medoid, "size": len(one.members), "members": [hit.as_dict() for hit in one.members]}
             for one in found.clusters
         ]
         print_json({"silhouette": found.silhouette, "clusters": members})

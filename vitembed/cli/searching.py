@@ -55,8 +55,6 @@ def search(
 
     Example: vitembed search photos.index --id cats/1.jpg --id cats/2.jpg --together --where year>=2020 --html cats.html
     """
-    from dataclasses import asdict
-
     from vitembed.index import Index
 
     if not queries and not ids and vectors is None:
@@ -70,7 +68,7 @@ def search(
     if json:
         asked: Sequence[object] = [names] if together else names
         print_json(
-            [{"query": name, "hits": [asdict(hit) for hit in hits]} for name, hits in zip(asked, found, strict=True)]
+            [{"query": name, "hits": [hit.as_dict() for hit in hits]} for name, hits in zip(asked, found, strict=True)]
         )
         return
     for name, hits in zip([" + ".join(names)] if together else names, found, strict=True):

@@ -6,7 +6,6 @@ block some 250 bytes an entry are held, and the groups.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -182,15 +181,12 @@ def _groups(index: Index, source: FrozenRows, links: _Links) -> Iterator[Duplica
             there = [row for row in numbers if rows.mask[row]]
             if len(there) < 2:
                 continue
-            items = rows.items(there)
-            chosen = min(there, key=lambda row: (-links.degree(row), items[row].id))
+            entries = dict(zip(there, rows.entries(there), strict=True))
+            chosen = min(there, key=lambda row: (-links.degree(row), entries[row][0]))
             scores = _scores(source.vectors, np.array(there), chosen)
-            members = [
-                Hit(items[row].id, score, json.loads(items[row].metadata))
-                for row, score in zip(there, scores, strict=True)
-            ]
+            members = [Hit(name, score, text) for (name, text), score in zip(entries.values(), scores, strict=True)]
             members.sort(key=lambda hit: hit.id)
-            yield DuplicateGroup(items[chosen].id, links.weakest(there), tuple(members))
+            yield DuplicateGroup(entries[chosen][0], links.weakest(there), tuple(members))
 
 
 def _scores(vectors: StoredArray, rows: RowArray, chosen: int) -> list[float]:

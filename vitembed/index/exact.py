@@ -256,12 +256,14 @@ class _Scan:
             rows = live[places]
             rest = -np.inf if width == alive else float(rough.min())
         else:
-            wide, kept, least = width, 0, width if width == alive else max(width - SPARE, 1)
+            # Of the codes that look best as many live as are needed, and half as many again, or it is done once more:
+            # a wider heap makes the whole scan slower.
+            kept, least = 0, width if width == alive else max(width - SPARE, 1)
+            wide = min(max(width, int(1.5 * least * len(mask) / alive) + 1), len(mask))
             while kept < least:
-                if alive < len(mask):
-                    wide = min(int(wide * len(mask) / alive) + 1, len(mask))  # of which about `width` live
                 rough, rows, bound = _scan_codes(coded, coded.codes, self.query, wide)
                 kept = int(np.count_nonzero(mask[rows]))
+                wide = wide if kept >= least else min(2 * wide, len(mask))
             rest = -np.inf if wide == len(mask) else float(rough.min())
             rough, rows = rough[mask[rows]], rows[mask[rows]]
         return _Candidates(number, rows + start, rough, bound, rest)

@@ -190,8 +190,8 @@ class IndexReader:
             with self.snapshot() as rows:
                 if rows.name != name:
                     raise RewrittenError(f"{self.path} was rewritten while it was read; begin again")
-                live = np.flatnonzero(rows.mask[start : min(start + size, stop)]) + start
-                items = rows.items(live.tolist()).values()
+                items = rows.all_items(start, min(start + size, stop))
+                live = np.array([item.row for item in items], np.int64)
                 batch = Records(
                     [item.id for item in items],
                     exact.as_floats(rows.verified(live)[live]),

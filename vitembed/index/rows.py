@@ -5,7 +5,8 @@ its metadata) stays known; a later state adds rows and takes some out of the mas
 and nothing that was read is used before it was compared with its checksum.
 """
 
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +17,15 @@ from vitembed.index.blocks import BLOCK_ROWS, Block, BoolArray
 from vitembed.index.catalog import Catalog, Item
 from vitembed.index.codes import CODE_ROWS, CodedRows, CodeFile, CodeRecord, codes_path, encode
 from vitembed.index.columns import Columns
+from vitembed.index.entries import Entries, Entry
 from vitembed.index.exact import RowArray
 from vitembed.index.filters import Filter
 from vitembed.index.optimization import Optimization
 from vitembed.index.structure import Structure
 from vitembed.index.vectors import ChecksumArray, StoredArray, VectorFile, checksums
 
-# Items kept in memory; about 0.4 kB each.
-_ITEMS_KEPT = 200_000
+# A block of which so many rows were compared with their checksums is compared whole, and never asked about again.
+_OFTEN = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +87,7 @@ class Rows:
         self.dim = int(catalog.meta("dim") or 0)
         self.vectors = VectorFile(folder / name, self.dim, str(catalog.meta("dtype")))
         self.codes = CodeFile(codes_path(folder / name), self.dim)
+        self._entries = Entries(catalog)
         self._columns = Columns(self._metadata)
         self.generation = -1
         self.forget()
@@ -95,10 +98,11 @@ class Rows:
         self.blocks: list[Block] = []
         self.mask: BoolArray = np.empty(0, np.bool_)
         self._verified: BoolArray = np.empty(0, np.bool_)
+        self._asked: Counter[int] = Counter()  # by block: how many rows of it were compared with their checksums
         self._checksums: dict[int, ChecksumArray] = {}
         self._code_records: dict[int, CodeRecord] = {}
         self._codes_verified: dict[int, bool] = {}
-        self._items: dict[int, Item] = {}
+        self._entries.forget()
         self._columns.forget()
         self.optimization: Optimization | None = None
         self._structure: tuple[str, Structure | None] | None = None
@@ -155,17 +159,24 @@ class Rows:
         vectors = self.vectors.read(len(self.mask))
         fresh = rows[~self._verified[rows]]
         if len(fresh):
-            found = checksums(vectors, fresh.tolist())
-            wanted = np.empty(len(fresh), np.uint32)
-            numbers = fresh // BLOCK_ROWS
-            for number in np.unique(numbers).tolist():
-                mine = numbers == number
-                wanted[mine] = self._block_checksums(number)[fresh[mine] - number * BLOCK_ROWS]
-            bad = fresh[found != wanted]
+            self._verify(vectors, fresh)
+            bad = rows[~self._verified[rows]]
             if len(bad):
                 raise self._damaged_row(int(bad[0]))
-            self._verified[fresh] = True
         return vectors
+
+    def _verify(self, vectors: StoredArray, rows: RowArray) -> None:
+        """Compare rows with their checksums, and with them all live rows of a block of which many were asked for."""
+        for number, count in zip(*np.unique(rows // BLOCK_ROWS, return_counts=True), strict=True):
+            start = int(number) * BLOCK_ROWS
+            self._asked[int(number)] += int(count)
+            if self._asked[int(number)] < _OFTEN:
+                mine = rows[rows // BLOCK_ROWS == number]
+            else:
+                block = slice(start, start + BLOCK_ROWS)
+                mine = np.flatnonzero(self.mask[block] & ~self._verified[block]) + start
+            wanted = self._block_checksums(int(number))[mine - start]
+            self._verified[mine] = checksums(vectors, mine.tolist()) == wanted
 
     def frozen(self) -> FrozenRows:
         """Return what stays as it is now.
@@ -242,22 +253,16 @@ class Rows:
             self._structure = known.file, Structure.load(path, known.kind, known.checksum)
         return self._structure[1]
 
-    # Items
+    # Entries
 
-    def items(self, rows: Collection[int]) -> dict[int, Item]:
-        """Return the items of live rows by row.
+    def entries(self, rows: Sequence[int]) -> list[Entry]:
+        """Return id and metadata (JSON text) of live rows, in the order in which they are given.
 
         Raises:
             SearchIndexError: one is missing or does not match its checksum.
         """
-        missing = [row for row in rows if row not in self._items]
-        if missing:
-            if len(self._items) + len(missing) > _ITEMS_KEPT:
-                self._items = {}
-                missing = sorted(rows)
-            self._items |= {item.row: item for item in self._catalog.items(missing)}
         try:
-            return {row: self._items[row] for row in rows}
+            return self._entries.of(rows, len(self.mask))
         except KeyError as error:
             raise self._damaged(f"live row {error} has no entry") from error
 

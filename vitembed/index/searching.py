@@ -1,8 +1,7 @@
 """Which way a search takes: exact, or over the structure with what came after it beside; and hits from rows."""
 
-import json
-from collections.abc import Callable, Mapping
-from copy import deepcopy
+from collections.abc import Mapping
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ from vitembed.index import exact
 from vitembed.index.blocks import BoolArray
 from vitembed.index.exact import Found, RowSource
 from vitembed.index.filters import parse
-from vitembed.index.inputs import Metadata
 from vitembed.index.results import Hit
 from vitembed.index.rows import Rows
 from vitembed.index.structure import Structure
@@ -78,13 +76,20 @@ def proposed(
     """Return for each query the best k of the rows that a structure proposes, with their exact scores."""
     # Codes of one byte a number rank nearly as the rows themselves; product-quantised ones need more to choose from.
     width = 10 * k if structure.kind == "ivfpq" else k + max(6, k // 4)
-    proposals = structure.search(queries, width, effort, mask)  # (q, width)
+    proposals = structure.search(queries, width, effort, mask)  # (q, width), -1 where there are fewer
     there = proposals >= 0
-    owners, places = np.nonzero(there)
-    flat = proposals[owners, places]
-    scores = exact.pair_scores(rows.verified(flat), flat, queries, owners)
-    cuts = np.cumsum(there.sum(axis=1))[:-1]
-    return [exact.best(*one, k) for one in zip(np.split(flat, cuts), np.split(scores, cuts), strict=True)]
+    flat = proposals[there]
+    owners = np.repeat(np.arange(len(queries)), there.sum(axis=1))
+    pairs = exact.pair_scores(rows.verified(flat), flat, queries, owners)
+    if len(queries) == 1:
+        return [exact.best(flat, pairs, k)]
+    scores = np.full(proposals.shape, -np.inf)
+    scores[there] = pairs
+    order = np.lexsort((proposals, -scores), axis=1)[:, :k]
+    best, scores = np.take_along_axis(proposals, order, 1), np.take_along_axis(scores, order, 1)
+    if len(flat) == proposals.size:
+        return list(zip(best, scores, strict=True))
+    return [(own[own >= 0], values[own >= 0]) for own, values in zip(best, scores, strict=True)]
 
 
 def _merged(one: Found, other: Found, k: int) -> Found:
@@ -93,24 +98,14 @@ def _merged(one: Found, other: Found, k: int) -> Found:
 
 def hits(rows: Rows, found: list[Found]) -> list[list[Hit]]:
     """Return the hits of each query."""
+    if not found:
+        return []
+    flat = np.concatenate([best for best, _ in found]).tolist()
     # Rounding may take a score a little beyond what a cosine can be.
-    lists = [(best.tolist(), np.clip(scores, -1.0, 1.0).tolist()) for best, scores in found]
-    items = rows.items({row for best, _ in lists for row in best}).values()
-    datas = parsed([item.metadata for item in items])
-    named = {item.row: (item.id, data, _copier(data)) for item, data in zip(items, datas, strict=True)}
-    answer = []
-    for best, scores in lists:
-        own = []
-        for row, score in zip(best, scores, strict=True):
-            name, data, copy = named[row]
-            own.append(Hit(name, score, copy(data)))  # no two hits share a mapping, which a caller may change
-        answer.append(own)
-    return answer
-
-
-def _copier(data: Metadata) -> Callable[[Metadata], Metadata]:
-    """Return what copies a mapping whole, as fast as it can be done."""
-    return deepcopy if any(isinstance(value, dict | list) for value in data.values()) else dict
+    scores = np.concatenate([scores for _, scores in found]).clip(-1.0, 1.0).tolist()
+    made = [Hit(name, score, text) for (name, text), score in zip(rows.entries(flat), scores, strict=True)]
+    ends = list(accumulate(len(best) for best, _ in found))
+    return [made[start:stop] for start, stop in pairwise([0, *ends])]
 
 
 def checked_recall(recall: float | None, effort: int | None) -> None:
@@ -137,11 +132,3 @@ def checked_k(k: int) -> int:
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
         raise ConfigError(f"k must be a whole number of at least 1; got {k!r}")
     return int(k)
-
-
-def parsed(texts: list[str]) -> list[Metadata]:
-    """Return the mappings that JSON texts stand for: read as one, which is several times faster than one by one."""
-    if all(text == "{}" for text in texts):
-        return [{} for _ in texts]
-    mappings: list[Metadata] = json.loads(f"[{','.join(texts)}]")
-    return mappings
