@@ -55,7 +55,7 @@ class Entries:
             return list(map(self._kept.__getitem__, rows))
 
     def _read(self, rows: set[int], total: int) -> None:
-        missing = rows - self._kept.keys()
+        missing = {row for row in rows if row not in self._kept}  # a difference of sets would go over all that is kept
         if len(self._kept) + len(missing) > _KEPT:
             self.forget()
             missing = rows
@@ -73,7 +73,7 @@ class Entries:
                     self._keep(self._catalog.items_between(number * BLOCK_ROWS, (number + 1) * BLOCK_ROWS))
                 except SearchIndexError:
                     continue  # a damaged entry fails those who ask for it, one by one
-        return rows & self._kept.keys()
+        return {row for row in rows if row in self._kept}
 
     def _keep(self, items: Sequence[Item]) -> None:
         self._kept.update((item.row, (item.id, item.metadata)) for item in items)
