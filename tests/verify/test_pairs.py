@@ -130,10 +130,8 @@ def test_drawn_pairs_are_uniform(tmp_path):
     [
         (["x/1.png", "x/2.png"], "got 2 images of 1 identity$"),
         (["x/1.png", "y/1.png"], "got 2 images of 2 identities$"),
-        (
-            ["x/1.png", "x/2.png", "loose.png"],
-            r"loose\.png lies in no identity's folder; expected .*/IDENTITY/loose\.png",
-        ),
+        (["x/1.png", "x/2.png", "loose.png"], r"loose\.png lies in no class; expected .*/CLASS/IMAGE"),
+        (["x/genuine/1.png", "x/forged/1.png"], "got 1 images of 1 identity$"),
     ],
 )
 def test_an_unusable_folder_is_one_clear_error(tmp_path, names, message):
@@ -165,3 +163,123 @@ def test_pairs_of_any_images_are_checked_and_cannot_be_changed():
         Pairs(("a",), ("b",), np.array([1]))
     with pytest.raises(DataError, match="at least one pair"):
         Pairs((), (), np.array([], dtype=bool))
+
+
+# Forgeries
+
+SIGNATURES = [
+    *(f"{writer}/genuine/{number}.png" for writer in ("ann", "bob", "cy") for number in range(4)),
+    *(f"ann/forged/{number}.png" for number in range(3)),
+    "bob/forged/0.png",
+]
+
+
+def described(pairs, root):
+    """Return what a plain reader would say of each pair: its images, and genuine, random or skilled."""
+    kinds = [
+        "genuine" if match else "skilled" if forged else "random"
+        for match, forged in zip(pairs.is_match, pairs.skilled, strict=True)
+    ]
+    sides = ([path.relative_to(root).as_posix() for path in side] for side in (pairs.left, pairs.right))
+    return set(zip(*sides, kinds, strict=True))
+
+
+def listed(names):
+    """List all pairs by hand."""
+    found = set()
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            (writer, kind, _), (of, other_kind, _) = one.split("/"), other.split("/")
+            if kind == other_kind == "genuine":
+                found.add((one, other, "genuine" if writer == of else "random"))
+            elif kind == "genuine" and writer == of:
+                found.add((one, other, "skilled"))
+    return found
+
+
+@pytest.mark.parametrize("read", [Pairs.from_folder, Pairs.from_signatures])
+def test_forgeries_are_paired_with_whom_they_imitate_and_with_nobody_else(tmp_path, read):
+    save_images(tmp_path, SIGNATURES)
+    pairs = read(tmp_path)
+    assert described(pairs, tmp_path) == listed(SIGNATURES)
+    assert len(pairs) == len(listed(SIGNATURES))
+    whom = {"ann": 0, "bob": 1, "cy": 2}
+    for left, right, numbers in zip(pairs.left, pairs.right, pairs.identities.tolist(), strict=True):
+        assert numbers == [whom[left.parent.parent.name], whom[right.parent.parent.name]]
+
+
+def test_of_many_pairs_half_match_and_half_of_the_others_are_skilled(tmp_path):
+    save_images(tmp_path, SIGNATURES)
+    pairs = Pairs.from_signatures(tmp_path, max_pairs=16)
+    assert (int(pairs.is_match.sum()), int(pairs.skilled.sum()), len(pairs)) == (8, 4, 16)
+    assert described(pairs, tmp_path) < listed(SIGNATURES)
+    assert described(Pairs.from_signatures(tmp_path, max_pairs=16, seed=1), tmp_path) != described(pairs, tmp_path)
+
+
+def test_only_the_writers_asked_for_are_paired(tmp_path):
+    save_images(tmp_path, SIGNATURES)
+    pairs = Pairs.from_signatures(tmp_path, ["ann", "cy"])
+    assert described(pairs, tmp_path) == listed([name for name in SIGNATURES if "bob" not in name])
+    with pytest.raises(DataError, match="has no writer 'dan'; it has ann, bob, cy"):
+        Pairs.from_signatures(tmp_path, ["ann", "dan"])
+
+
+def test_images_elsewhere_are_no_signatures(tmp_path):
+    save_images(tmp_path, [*SIGNATURES, "dan/1.png"])
+    with pytest.raises(DataError, match=r"dan/1\.png lies in no .*WRITER/genuine"):
+        Pairs.from_signatures(tmp_path)
+
+
+def test_labels_may_be_numbers_with_minus_one_for_genuine_images():
+    images = [np.zeros((2, 2), np.uint8) for _ in range(5)]
+    pairs = Pairs.from_labels(images, np.array([7, 7, 3, 8, 9]), np.array([-1, -1, -1, 7, 3]))
+    found = {
+        (images_of(images, left), images_of(images, right), bool(match), bool(forged))
+        for left, right, match, forged in zip(pairs.left, pairs.right, pairs.is_match, pairs.skilled, strict=True)
+    }
+    assert found == {
+        (0, 1, True, False), (2, 0, False, False), (2, 1, False, False),
+        (0, 3, False, True), (1, 3, False, True), (2, 4, False, True),
+    }  # fmt: skip
+    with pytest.raises(DataError, match="image 1 imitates 9, of whom there is no genuine image"):
+        Pairs.from_labels(images[:2], [1, 2], [None, 9])
+    with pytest.raises(DataError, match="expected forgery_of for each of the 2 images; got 1"):
+        Pairs.from_labels(images[:2], [1, 2], [None])
+
+
+def images_of(images, one):
+    """Return the number of an image that lies in memory."""
+    return next(number for number, image in enumerate(images) if image is one)
+
+
+def test_the_kind_of_a_pair_is_read_from_a_table(table):
+    text = "kind,left,right,match\nGenuine,a.png,a.png,1\nskilled,a.png,sub/b.png,0\nrandom,a.png,sub/b.png,no\n"
+    pairs = Pairs.from_csv(table(text))
+    assert pairs.is_match.tolist() == [True, False, False]
+    assert pairs.skilled.tolist() == [False, True, False]
+    assert Pairs.from_csv(table("left,right,match\na.png,a.png,1\n")).skilled is None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("a.png,a.png,1,skilled", "line 2: the kind of a pair that matches must be genuine; got 'skilled'"),
+        ("a.png,a.png,0,forged", "line 2: the kind of one that does not match must be random or skilled; got 'forged'"),
+        ("a.png,a.png,0,", "line 2: the kind of one that does not match must be random or skilled; got ''"),
+    ],
+)
+def test_a_kind_that_contradicts_is_named(table, row, message):
+    with pytest.raises(DataError, match=message):
+        Pairs.from_csv(table(f"left,right,match,kind\n{row}\n"))
+
+
+def test_skilled_must_fit_and_match_nothing():
+    images = [np.zeros((2, 2), np.uint8)] * 2
+    with pytest.raises(DataError, match="skilled must hold 2 booleans"):
+        Pairs(images, images, np.array([True, False]), skilled=np.array([False]))
+    with pytest.raises(DataError, match="skilled must hold 2 booleans"):
+        Pairs(images, images, np.array([True, False]), skilled=np.array([0, 1]))
+    with pytest.raises(DataError, match="pair 0 is called both"):
+        Pairs(images, images, np.array([True, False]), skilled=np.array([True, False]))
+    pairs = Pairs(images, images, np.array([True, False]), skilled=np.array([False, True]))
+    assert not pairs.skilled.flags.writeable

@@ -16,10 +16,10 @@ import torchvision
 from PIL import Image
 
 from vitembed.errors import ConfigError, DataError, MissingExtraError
+from vitembed.layouts import names_of_folders
 from vitembed.metrics import recall_at_k
 from vitembed.preprocess import Preprocess
 from vitembed.training.data.datasets import ImageDataset
-from vitembed.training.data.labels import names_of_folders
 
 GREY = Preprocess.grey((8, 8), resize="squash", invert=False)
 

@@ -19,7 +19,8 @@ from PIL import Image
 
 from vitembed.errors import ConfigError, DataError, ImageError, unknown_name
 from vitembed.images import ImageSource, list_images
-from vitembed.training.data.labels import Names, name_numbers, names_of_folders, names_of_labels, names_of_signatures
+from vitembed.layouts import Names, names_of_folders, names_of_signatures
+from vitembed.training.data.labels import name_numbers, names_of_labels
 from vitembed.training.data.lazy import LazyImages
 from vitembed.training.data.splits import leaked_classes, of_classes, pick_classes, pick_images
 from vitembed.training.data.tables import read_table

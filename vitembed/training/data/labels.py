@@ -1,77 +1,16 @@
-"""Labels as they are given (folders, strings, numbers) become the names of classes.
+"""Labels as they are given (strings, numbers) become the names of classes.
 
 Two labels are one class exactly when their names are equal, so labels that text would silently join or split are
-refused. A skilled forgery of a writer gets a name, and so a class, of its own: `WRITER/forged/FILE`.
+refused.
 """
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from vitembed.errors import DataError
-
-GENUINE, FORGED = "genuine", "forged"  # the folders of a writer
-
-
-class Names(NamedTuple):
-    """The classes of N images.
-
-    Attributes:
-        classes: the name of each image's class.
-        forgery_of: the name of the class that each image imitates, None for a genuine image.
-    """
-
-    classes: list[str]
-    forgery_of: list[str | None]
-
-
-def name_forgery(writer: object, file: object) -> str:
-    """Return the name of a forgery's own class."""
-    return f"{writer}/{FORGED}/{file}"
-
-
-def names_of_folders(root: Path, paths: Sequence[Path]) -> Names:
-    """Name images after the folders that hold them; as `names_of_signatures` where that layout is met throughout.
-
-    Raises:
-        DataError: if an image lies in no folder below `root`, or a writer's genuine and forged images lie beside
-            others: as a class, the forgeries would be positives of each other.
-    """
-    writers = [_writer_of(path, root) for path in paths]
-    if None not in writers:
-        return names_of_signatures(root, paths)
-    stray = paths[writers.index(None)]
-    kinds = {(writer, path.parent.name) for writer, path in zip(writers, paths, strict=True) if writer is not None}
-    if any((writer, GENUINE) in kinds and (writer, FORGED) in kinds for writer, _ in kinds):
-        raise DataError(
-            f"{stray} lies in no {root}/WRITER/{GENUINE} or {FORGED}, as others do; move it away, or rename these "
-            "folders if they hold no forgeries"
-        )
-    names = [path.parent.relative_to(root).as_posix() for path in paths]
-    if "." in names:
-        loose = paths[names.index(".")]
-        raise DataError(f"{loose} lies in no class; expected {root}/CLASS/IMAGE: make one folder a class")
-    return Names(names, [None] * len(names))
-
-
-def names_of_signatures(root: Path, paths: Sequence[Path]) -> Names:
-    """Name images that lie in `root/WRITER/genuine` and, imitating the writer, in `root/WRITER/forged`.
-
-    Raises:
-        DataError: naming the first image that lies elsewhere.
-    """
-    names = Names([], [])
-    for path in paths:
-        writer = _writer_of(path, root)
-        if writer is None:
-            raise DataError(f"{path} lies in no {root}/WRITER/{GENUINE} and in no {root}/WRITER/{FORGED}")
-        is_forged = path.parent.name == FORGED
-        names.classes.append(name_forgery(writer, path.name) if is_forged else writer)
-        names.forgery_of.append(writer if is_forged else None)
-    return names
+from vitembed.layouts import Names, name_forgery
 
 
 def names_of_labels(labels: Iterable[object], forgery_of: Iterable[object] | None) -> Names:
@@ -112,14 +51,6 @@ def name_numbers(labels: Iterable[object], names: Sequence[str]) -> list[object]
         if number < 0:
             raise DataError(f"item {item} has no label; got {number}: leave it out, or take a split with labels")
     return [names[number] for number in numbers]
-
-
-def _writer_of(path: Path, root: Path) -> str | None:
-    """Return the WRITER of root/WRITER/genuine/x.png or root/WRITER/forged/x.png; None for an image elsewhere."""
-    folder = path.parent
-    if folder.name not in (GENUINE, FORGED) or folder in (root, root / folder.name):
-        return None
-    return folder.parent.relative_to(root).as_posix()
 
 
 def _plain(label: object) -> object:

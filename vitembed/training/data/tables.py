@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitembed.errors import DataError, MissingExtraError
-from vitembed.training.data.labels import Names, name_forgery
+from vitembed.layouts import Names, name_forgery
 
 COLUMNS = ("path", "label", "split", "forgery_of")
 NEEDED = COLUMNS[:2]
