@@ -205,6 +205,47 @@ def test_settings_survive_json_like_dictionaries() -> None:
     assert Preprocess.from_dict({}) == Preprocess()
 
 
+def test_scan_is_written_only_where_it_is_on() -> None:
+    plain, scan = Preprocess.grey((28, 28)), Preprocess.grey((28, 28), scan=True)
+    assert "scan" not in plain.to_dict()  # so that models saved before it have the fingerprints they had
+    assert scan.to_dict() == {**plain.to_dict(), "scan": True}
+    assert Preprocess.from_dict(plain.to_dict()) == plain
+    assert Preprocess.from_dict(scan.to_dict()) == scan
+    assert pickle.loads(pickle.dumps(scan)) == scan
+
+
+def test_scan_finds_the_ink_at_full_size_before_it_resizes(tmp_path: Path) -> None:
+    page = np.full((1500, 2400), 180, np.uint8)
+    page[300:303, 500:700] = 40  # 3 pixels high: gone in 64 pixels of the whole page
+    page[300:400, 600:603] = 40
+    pixels = Preprocess.grey((64, 64), scan=True)(page)
+    assert pixels.shape == (1, 64, 64)
+    assert pixels[0, 0].max() == 0
+    assert pixels.max() > 150
+    _, xs = np.nonzero(pixels[0] > 100)
+    assert np.ptp(xs) > 40
+    moved = np.where(np.roll(page, (600, 900), (0, 1)) == 180, 225, 50).astype(np.uint8)  # elsewhere, on another ground
+    np.testing.assert_allclose(Preprocess.grey((64, 64), scan=True)(moved).astype(int), pixels.astype(int), atol=2)
+    path = tmp_path / "page.png"
+    Image.fromarray(page).save(path)
+    np.testing.assert_array_equal(Preprocess.grey((64, 64), scan=True)(path), pixels)
+    colour = Image.fromarray(page).convert("RGB")
+    np.testing.assert_array_equal(Preprocess.grey((64, 64), scan=True)(colour), pixels)
+
+
+def test_a_blank_scan_becomes_a_blank_image() -> None:
+    noisy = np.random.default_rng(0).normal(200, 4, (300, 500)).astype(np.uint8)
+    assert Preprocess.grey((32, 32), scan=True)(noisy).max() == 0
+    colour = Preprocess((32, 32), resize="pad", scan=True)(noisy)
+    assert colour.shape == (3, 32, 32)
+    assert colour.min() == 255
+
+
+def test_scan_without_inversion_has_no_ground_of_zero() -> None:
+    with pytest.raises(ConfigError, match="invert must stay true"):
+        Preprocess.grey((32, 32), scan=True, invert=False)
+
+
 def test_unknown_setting_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'interpolation'"):
         Preprocess.from_dict({"interpolaton": "bicubic"})
@@ -228,6 +269,8 @@ def test_unknown_setting_names_the_nearest() -> None:
         ({"std": (1, 1)}, "std must hold 3"),
         ({"std": (1.0, 0.0, 1.0)}, "std must be above 0"),
         ({"invert": 1}, "invert must be true or false; got 1"),
+        ({"scan": 1}, "scan must be true or false; got 1"),
+        ({"scan": True, "fill": 0}, "fill must be 255 for scan, whose ink comes on pure white; got 0"),
         ({"fill": 256}, "fill must be an integer from 0 to 255; got 256"),
         ({"fill": True}, "fill must be an integer"),
         ({"crop_share": 0}, "crop_share must be a number above 0 and at most 1; got 0"),

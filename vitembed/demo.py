@@ -24,7 +24,7 @@ from PIL import Image
 from vitembed import plots
 from vitembed.embedder import Embedder
 from vitembed.errors import VitembedError
-from vitembed.evaluate import EvaluationReport, evaluate_embeddings
+from vitembed.evaluate import EvaluationReport, RetrievalReport, evaluate_embeddings
 from vitembed.explain import attention_maps
 from vitembed.files import atomic_write
 from vitembed.images import load_image
@@ -240,7 +240,7 @@ def add_figures(
     page.heading("How good it is, on images never seen")
     rows = []
     for name, report in outcome.reports.items():
-        verification, retrieval = report.verification, report.retrieval
+        verification, retrieval = report.verification, retrieval_of(report)
         rows.append(
             [
                 name,
@@ -331,7 +331,13 @@ def short(path: Path) -> str:
 
 def judged(outcome: DemoResult) -> int:
     """Return how many images were judged."""
-    return outcome.reports["trained"].retrieval.images
+    return retrieval_of(outcome.reports["trained"]).images
+
+
+def retrieval_of(report: EvaluationReport) -> RetrievalReport:
+    """Return the search's part of a report, which one on labelled images has."""
+    assert report.retrieval is not None
+    return report.retrieval
 
 
 def interval(bounds: tuple[float, float] | None) -> str:
@@ -343,7 +349,7 @@ def describe(name: str, report: EvaluationReport) -> str:
     """Return one line: equal error rate and recall@1 of one way to compare the images."""
     return (
         f"{name + ':':<12} equal error rate {report.verification.eer:6.2%}   "
-        f"recall@1 {report.retrieval.recall_at_1:6.2%}"
+        f"recall@1 {retrieval_of(report).recall_at_1:6.2%}"
     )
 
 

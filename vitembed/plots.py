@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from vitembed.metrics import ReliabilityCurve
+
 MATCH, NON_MATCH, ACCENT, FAINT = "#1b7f5c", "#b3532d", "#2f5d9b", "#9aa0a6"  # told apart by the colour-blind too
+LINES = ((ACCENT, "-"), (NON_MATCH, "--"), (MATCH, "-."), (FAINT, ":"))  # by shape, too
 DPI = 120
 
 
@@ -103,6 +106,145 @@ def plot_score_histogram(scores: ArrayLike, is_match: ArrayLike, threshold: floa
     axes.axvline(threshold, color="black", linewidth=1.2, label=f"threshold {threshold:.3f}")
     axes.set(xlabel="cosine similarity", ylabel="density")
     axes.legend(frameon=False, fontsize=8)
+    return _png(figure)
+
+
+def plot_scores(
+    kinds: Mapping[str, ArrayLike],
+    threshold: float,
+    *,
+    label: str = "cosine similarity",
+    reject_below: float | None = None,
+) -> bytes:
+    """Draw how the scores of several kinds of pair are distributed, each with an area of one.
+
+    Args:
+        kinds: (P,) finite scores by name, such as "matching", "random" and "skilled"; a kind that has no pair is left
+            out. The first three are drawn.
+        threshold: pairs of at least this score are accepted.
+        label: what the scores are.
+        reject_below: scores from here up to the threshold are unsure; None: there is no such band.
+
+    Returns:
+        A PNG.
+    """
+    values = {name: np.asarray(scores, dtype=np.float64) for name, scores in kinds.items() if np.size(scores)}
+    everything = np.concatenate([*values.values(), [threshold]])
+    edges = np.linspace(everything.min(), everything.max() + 1e-9, 61)
+    figure, (axes,) = _figure(1, size=(7, 3.2))
+    for (name, scores), colour, hatch in zip(
+        values.items(), (MATCH, ACCENT, NON_MATCH), ("", "///", "..."), strict=False
+    ):
+        axes.hist(
+            scores,
+            edges.tolist(),
+            density=True,
+            histtype="stepfilled",
+            facecolor=(*_rgb(colour), 0.35),
+            edgecolor=colour,
+            hatch=hatch,
+            label=f"{name} ({scores.size:,})",
+        )
+    axes.axvline(threshold, color="black", linewidth=1.2, label=f"threshold {threshold:.4f}")
+    if reject_below is not None:
+        axes.axvspan(reject_below, threshold, color=FAINT, alpha=0.3, linewidth=0, label="unsure")
+    axes.set(xlabel=label, ylabel="density")
+    axes.legend(frameon=False, fontsize=8)
+    return _png(figure)
+
+
+def plot_roc(curves: Mapping[str, tuple[ArrayLike, ArrayLike]], *, lowest: float = 1e-4) -> bytes:
+    """Draw receiver operating characteristics: the true-accept rate over the false-accept rate, logarithmic.
+
+    Args:
+        curves: (T,) FAR and (T,) FRR by name, both in [0, 1], of thresholds in order; at most four are drawn.
+        lowest: where the axis of FAR begins, above 0: below 1 / non-matching pairs there is nothing to see.
+
+    Returns:
+        A PNG.
+    """
+    figure, (axes,) = _figure(1, size=(4.8, 4.0))
+    for (name, (far, frr)), (colour, line) in zip(curves.items(), LINES, strict=False):
+        x, y = np.asarray(far, dtype=np.float64), 1 - np.asarray(frr, dtype=np.float64)
+        axes.step(np.maximum(x, lowest / 10), y, where="post", color=colour, linestyle=line, label=name)
+    axes.plot(chance := np.geomspace(lowest, 1, 200), chance, color=FAINT, linewidth=0.8, label="by chance")
+    axes.set_xscale("log")
+    axes.set(xlim=(lowest, 1), ylim=(0, 1.02), xlabel="false-accept rate", ylabel="true-accept rate")
+    axes.grid(color=FAINT, alpha=0.25, linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return _png(figure)
+
+
+def plot_det(curves: Mapping[str, tuple[ArrayLike, ArrayLike]], *, lowest: float = 1e-3) -> bytes:
+    """Draw detection error trade-offs: FRR over FAR, both on the scale of normal deviates.
+
+    Normal scores of equal spread give straight lines on it (Martin et al. 1997, "The DET curve in assessment of
+    detection task performance").
+
+    Args:
+        curves: (T,) FAR and (T,) FRR by name, both in [0, 1], of thresholds in order; at most four are drawn.
+        lowest: where both axes begin, in (0, 0.5).
+
+    Returns:
+        A PNG; the diagonal is where both rates are equal.
+    """
+    ticks = [rate for rate in (1e-5, 1e-4, 1e-3, 0.01, 0.05, 0.2, 0.4) if rate >= lowest]
+    figure, (axes,) = _figure(1, size=(4.8, 4.0))
+    for (name, (far, frr)), (colour, line) in zip(curves.items(), LINES, strict=False):
+        axes.plot(_deviates(far), _deviates(frr), color=colour, linestyle=line, label=name)
+    ends = _deviates([lowest, 0.6])
+    axes.plot(ends, ends, color=FAINT, linewidth=0.8, label="equal error rates")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(_deviates(ticks).tolist(), [f"{100 * rate:g} %" for rate in ticks])
+    axes.set(xlim=ends, ylim=ends, xlabel="false-accept rate", ylabel="false-reject rate")
+    axes.grid(color=FAINT, alpha=0.25, linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    return _png(figure)
+
+
+def plot_reliability(curves: "Mapping[str, ReliabilityCurve]") -> bytes:
+    """Draw reliability diagrams: the observed share of matches over the stated probability, bin by bin.
+
+    Args:
+        curves: by name; at most four are drawn.
+
+    Returns:
+        A PNG; on the diagonal, probabilities are what they say.
+    """
+    figure, (axes, beside) = _figure(2, size=(8, 3.8))
+    for (name, curve), (colour, line) in zip(curves.items(), LINES, strict=False):
+        style: dict[str, Any] = {"color": colour, "linestyle": line, "marker": "o", "markersize": 4, "label": name}
+        axes.plot(curve.predicted, curve.observed, **style)
+        beside.plot(curve.predicted, curve.shares, **style)
+    axes.plot([0, 1], [0, 1], color=FAINT, linewidth=0.8, label="as stated")
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="stated probability of a match", ylabel="observed share of matches")
+    beside.set(xlim=(0, 1), xlabel="stated probability of a match", ylabel="share of the pairs")
+    beside.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    return _png(figure)
+
+
+def plot_identity_errors(names: Sequence[str], rates: Mapping[str, Sequence[float | None]]) -> bytes:
+    """Draw the error rates of each identity as dots on a line, the first one on top.
+
+    Args:
+        names: N identities, at least one.
+        rates: by name, N rates in [0, 1]; None where there is nothing to measure. At most three kinds are drawn.
+
+    Returns:
+        A PNG.
+    """
+    figure, (axes,) = _figure(1, size=(7, 1.1 + 0.22 * len(names)))
+    places = np.arange(len(names))
+    marks = (("o", MATCH), ("s", ACCENT), ("D", NON_MATCH))
+    for (kind, values), (mark, colour) in zip(rates.items(), marks, strict=False):
+        shown = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+        if np.isfinite(shown).any():
+            axes.plot(shown, places, linestyle="none", marker=mark, color=colour, markersize=5, alpha=0.8, label=kind)
+    axes.hlines(places, 0, 1, color=FAINT, linewidth=0.4, zorder=0)
+    axes.set_yticks(places.tolist(), [name if len(name) <= 32 else "…" + name[-31:] for name in names])
+    axes.set(xlim=(-0.02, 1.02), ylim=(len(names) - 0.4, -0.6), xlabel="error rate at the threshold")
+    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncol=3)
     return _png(figure)
 
 
@@ -203,6 +345,20 @@ def plot_attention_distances(distances: ArrayLike, *, everywhere: float | None =
     highest = max(float(np.nanmax(values, initial=0.0)), everywhere or 0.0)
     axes.set_ylim(0, 1.08 * highest or 1.0)
     return _png(figure)
+
+
+def _deviates(rates: ArrayLike) -> NDArray[np.float64]:
+    """Return the normal deviates of rates; 0 and 1 become ends far outside of what is drawn."""
+    from statistics import NormalDist
+
+    inverse = NormalDist().inv_cdf
+    return np.array([inverse(rate) for rate in np.clip(np.asarray(rates, dtype=np.float64), 1e-9, 1 - 1e-9).ravel()])
+
+
+def _rgb(colour: str) -> tuple[float, float, float]:
+    from matplotlib.colors import to_rgb
+
+    return to_rgb(colour)
 
 
 def _figure(columns: int, *, size: tuple[float, float]) -> "tuple[Figure, list[Axes]]":

@@ -18,6 +18,7 @@ from PIL import Image
 
 from vitembed.errors import ConfigError, unknown_name
 from vitembed.images import ImageSource, load_image
+from vitembed.ink import clean_scan
 
 _LARGE = 64  # where resizing makes that many times the pixels that are kept, only these are made
 
@@ -41,6 +42,8 @@ class Preprocess:
             `size` out. timm's `crop_pct`; 224 / 256 where torchvision and transformers resize to 256 and crop to 224.
         crop_offset: where the middle is if an odd number of pixels goes: "even" rounds half of it to the nearest even
             number, as torchvision and timm do, "down" rounds it down, as transformers does.
+        scan: the image is a scan or a photograph of ink: before all else `vitembed.ink.clean_scan` cuts the ink out of
+            its ground, at the image's full size. A blank page becomes a blank image.
 
     Raises:
         ConfigError: if a value is of the wrong type or out of range.
@@ -56,6 +59,7 @@ class Preprocess:
     fill: int = 255
     crop_share: float = 1.0
     crop_offset: Literal["even", "down"] = "even"
+    scan: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, ("RGB", "L"))
@@ -65,10 +69,13 @@ class Preprocess:
         if not (_is_tuple_of(int, self.size) and len(self.size) == 2 and min(self.size) > 0):
             raise ConfigError(f"size must be (height, width), two positive integers; got {self.size!r}")
         self._check_channels()
-        if not isinstance(self.invert, bool):
-            raise ConfigError(f"invert must be true or false; got {self.invert!r}")
+        for name, value in (("invert", self.invert), ("scan", self.scan)):
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name} must be true or false; got {value!r}")
         if isinstance(self.fill, bool) or not isinstance(self.fill, int) or not 0 <= self.fill <= 255:
             raise ConfigError(f"fill must be an integer from 0 to 255; got {self.fill!r}")
+        if self.scan and self.fill != 255:
+            raise ConfigError(f"fill must be 255 for scan, whose ink comes on pure white; got {self.fill}")
         if not (_is_tuple_of(int | float, (self.crop_share,)) and 0 < self.crop_share <= 1):
             raise ConfigError(f"crop_share must be a number above 0 and at most 1; got {self.crop_share!r}")
         if self.resize == "pad" and self.crop_share != 1:
@@ -82,13 +89,20 @@ class Preprocess:
         resize: Literal["crop", "pad", "squash"] = "pad",
         interpolation: str = "bicubic",
         invert: bool = True,
+        scan: bool = False,
     ) -> "Preprocess":
         """Describe grey images of ink whose ground and padding shall be 0: one channel, mean 0, std 1.
 
-        `invert` is for dark ink on white; without it the images are bright on black already.
+        `invert` is for dark ink on white; without it the images are bright on black already. `scan` is for scans and
+        photographs of ink, whose ground is not yet even; it makes dark ink on white of them all.
+
+        Raises:
+            ConfigError: if a value is wrong, or for `scan` without `invert`: its ground is white, not 0.
         """
+        if scan and not invert:
+            raise ConfigError("scan makes dark ink on white, so that invert must stay true for a ground of 0")
         fill = 255 if invert else 0
-        return cls(size, "L", resize, interpolation, mean=(0.0,), std=(1.0,), invert=invert, fill=fill)
+        return cls(size, "L", resize, interpolation, mean=(0.0,), std=(1.0,), invert=invert, fill=fill, scan=scan)
 
     @property
     def channels(self) -> int:
@@ -105,6 +119,8 @@ class Preprocess:
             ImageError: if the image cannot be read.
         """
         image = load_image(source)
+        if self.scan:
+            image = clean_scan(image)
         image = image if image.mode == self.mode else image.convert(self.mode)
         view = np.asarray(self._resized(image))
         if self.mode == "L":
@@ -113,8 +129,13 @@ class Preprocess:
         return np.invert(pixels, out=pixels) if self.invert else pixels  # of uint8 that is 255 - pixels
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain JSON values."""
+        """Return the settings as plain JSON values; without `scan` where it is off.
+
+        It came later than the rest: models saved before it keep their fingerprints.
+        """
         values = dataclasses.asdict(self)
+        if not self.scan:
+            del values["scan"]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod

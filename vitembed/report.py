@@ -1,6 +1,7 @@
 """Self-contained HTML pages: text, tables, pictures and contact sheets in one file that works offline.
 
-Pictures are part of the page, as data; there are no scripts. Every text is escaped.
+Pictures are part of the page, as data; there are no scripts. Every text is escaped; what `Page.add` takes
+was so before.
 """
 
 import base64
@@ -73,6 +74,7 @@ class Page:
     def __init__(self, title: str) -> None:
         self._title = html.escape(title)
         self._parts: list[str] = [f"<h1>{self._title}</h1>"]
+        self._style = _STYLE
 
     def heading(self, text: str) -> None:
         """Begin a section."""
@@ -120,13 +122,18 @@ class Page:
         before = f'<div class="row before">{queries}</div>' if queries else ""
         self._parts.append(f'<div class="row wide">{before}<div class="row wrap">{others}</div></div>')
 
+    def add(self, markup: str = "", *, style: str = "") -> None:
+        """Add HTML of another module, in which every text is escaped already, and the CSS that it needs."""
+        self._parts += [markup] if markup else []
+        self._style += style
+
     def html(self) -> str:
         """Return the whole document."""
         body = "\n".join(self._parts)
         return (
             f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{self._title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+            f"<title>{self._title}</title>\n<style>{self._style}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
         )
 
     def write(self, path: str | os.PathLike[str]) -> None:
@@ -147,12 +154,12 @@ def _cell(tile: Tile) -> str:
     if isinstance(tile.image, str):
         picture = f"<p class=missing>{html.escape(tile.image)}</p>"
     else:
-        picture = f'<img src="{_picture(tile.image)}" alt="{label}"><br>'
+        picture = f'<img src="{picture_data(tile.image)}" alt="{label}"><br>'
     return f'<div class="cell{kind}"{title}>{picture}{verdict}{score}{label}</div>'
 
 
-def _picture(image: Image.Image, side: int = 160) -> str:
-    """Return a picture of about the size that is shown, as data; of small ones the pixels are shown as they are.
+def picture_data(image: Image.Image, side: int = 160) -> str:
+    """Return a picture as data for `src`, the longer side of `side` pixels; of small ones pixels are shown as they are.
 
     A colour picture that is large enough becomes JPEG, a tenth of the bytes; everything else PNG, which is exact.
     """

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from vitembed.errors import (
+    ConfigError,
     DataError,
     ImageError,
     ModelMismatchError,
@@ -17,6 +18,7 @@ from vitembed.errors import (
 from vitembed.verify import Pairs, Verifier
 from vitembed.verify import verifier as module
 from vitembed.verify.calibration import calibrate
+from vitembed.verify.references import fit_references
 
 
 class TableModel:
@@ -71,12 +73,12 @@ def test_a_fit_is_the_calibration_of_the_cosines(model, pairs, monkeypatch, chun
     verifier = Verifier.fit(model, pairs, far=0.02, location="runs/x", batch_size=8)
     z = model.table.astype(np.float64)
     expected = calibrate((z @ z.T)[np.triu_indices(60, 1)], pairs.is_match, 0.02)
-    for field in dataclasses.fields(expected):
-        got, wanted = getattr(verifier.calibration, field.name), getattr(expected, field.name)
-        if field.name == "logistic":
-            got, wanted = dataclasses.astuple(got), dataclasses.astuple(wanted)
-        exact = wanted is None or isinstance(wanted, str)
-        assert got == (wanted if exact else pytest.approx(wanted, abs=1e-9, rel=1e-6)), field.name
+    got = verifier.calibration
+    for name in ("threshold", "far", "frr", "eer", "far_interval", "frr_interval"):
+        assert getattr(got, name) == pytest.approx(getattr(expected, name), abs=1e-9, rel=1e-6), name
+    assert got.curve.kind == expected.curve.kind
+    assert got.curve([-0.5, 0, 0.5]) == pytest.approx(expected.curve([-0.5, 0, 0.5]), rel=1e-4)
+    assert (got.matches, got.non_matches, got.protocol) == (expected.matches, expected.non_matches, expected.protocol)
     assert (verifier.fingerprint, verifier.location, verifier.model) == (model.fingerprint, "runs/x", model)
     age = datetime.now(UTC) - datetime.fromisoformat(verifier.created)
     assert 0 <= age.total_seconds() < 60
@@ -99,7 +101,8 @@ def test_a_decision_holds_together_and_does_not_depend_on_the_order(model, pairs
     assert decision.score == pytest.approx(float(model.table[3] @ model.table[4]))
     assert verifier.compare("4.png", "3.png") == decision
     assert verifier.compare("3.png", "3.png").match
-    assert [type(value) for value in dataclasses.astuple(decision)] == [bool, float, float, float]
+    assert [type(value) for value in dataclasses.astuple(decision)] == [bool, str, float, float, float, tuple]
+    assert decision.verdict == ("match" if decision.match else "no match")
     with pytest.raises(dataclasses.FrozenInstanceError):
         decision.match = True
 
@@ -116,8 +119,9 @@ def test_scores_are_decided_at_once_in_any_shape_and_type(model, pairs):
             method([0.1, np.nan])
 
 
-def test_what_is_saved_is_what_is_loaded(model, pairs, tmp_path):
-    verifier = Verifier.fit(model, pairs, far=0.02, prior=0.1, location="runs/ü")
+@pytest.mark.parametrize("curve", ["auto", "isotonic", "likelihood ratio"])
+def test_what_is_saved_is_what_is_loaded(model, pairs, tmp_path, curve):
+    verifier = Verifier.fit(model, pairs, far=0.02, frr=0.05, prior=0.1, location="runs/ü", curve=curve)
     verifier.save(tmp_path / "v.json")
     loaded = Verifier.load(tmp_path / "v.json", model)
     assert loaded == verifier
@@ -128,8 +132,9 @@ def test_what_is_saved_is_what_is_loaded(model, pairs, tmp_path):
 def test_a_saved_verifier_tells_a_person_all_there_is_to_know(model, pairs, tmp_path):
     Verifier.fit(model, pairs, location="runs/x").save(tmp_path / "v.json")
     document = json.loads((tmp_path / "v.json").read_text())
-    assert list(document) == ["format", "version", "created", "fingerprint", "location", "calibration"]
-    assert document["calibration"]["protocol"] == "threshold chosen a posteriori on these pairs"
+    keys = ["format", "version", "created", "fingerprint", "location", "calibration", "references"]
+    assert list(document) == keys
+    assert document["calibration"]["protocol"].startswith("threshold chosen a posteriori on these pairs")
     assert document["calibration"]["far_wanted"] == 0.01
     assert set(document["calibration"]) == {field.name for field in dataclasses.fields(calibrate(*scored()))}
 
@@ -165,8 +170,13 @@ def test_bad_pairs_are_one_clear_error(model, pairs):
         Verifier.fit(model, pairs, far=0.001)
     with pytest.raises(DataError, match="both kinds"):
         Verifier.fit(model, Pairs(["0.png"] * 2, ["1.png"] * 2, np.array([True, True])))
+    assert not model.encoded  # all this is known before the work begins
+    broken = Pairs([*pairs.left, "broken.png"], [*pairs.right, "1.png"], np.append(pairs.is_match, True))
     with pytest.raises(ImageError, match=r"broken\.png: is truncated"):
-        Verifier.fit(model, Pairs(["broken.png"], ["1.png"], np.array([True])))
+        Verifier.fit(model, broken)
+    for settings in ({"prior": 1}, {"curve": "cubic"}, {"against": "some"}, {"frr": 2}, {"far": 0}):
+        with pytest.raises(ConfigError):
+            Verifier.fit(model, broken, **settings)
 
 
 def damage(path, **changes):
@@ -188,13 +198,15 @@ def damage(path, **changes):
     ("changes", "message"),
     [
         ({"format": "other"}, 'expected "format": "vitembed-verifier"'),
-        ({"version": 2}, "expected version 1; got 2"),
+        ({"version": 1}, "expected version 2; got 1"),
         ({"fingerprnt": "x"}, "unknown key 'fingerprnt', the nearest is 'fingerprint'"),
         ({"zzz": 1}, "unknown key 'zzz'"),
         ({"created": None}, "missing created"),
         ({"created": 5}, "created must be text"),
+        ({"created": "yesterday"}, "created must be a date and time in ISO 8601; got 'yesterday'"),
+        ({"references": 5}, "references"),
         ({"fingerprint": 5}, "fingerprint must be text or null; got 5"),
-        ({"calibration": [1]}, "expected an object with threshold"),
+        ({"calibration": [1]}, "calibration must be an object with threshold"),
         ({"calibration__threshold": None}, "missing threshold"),
         ({"calibration__treshold": 1}, "unknown key 'treshold', the nearest is 'threshold'"),
         ({"calibration__threshold": "0.5"}, "threshold must be a finite number; got '0.5'"),
@@ -204,15 +216,15 @@ def damage(path, **changes):
         ({"calibration__threshold": 10**400}, "threshold must be a finite number"),
         ({"calibration__far": 1.5}, r"far must be in \[0, 1\]; got 1.5"),
         ({"calibration__far_interval": [0.1]}, "far_interval must hold two numbers"),
-        ({"calibration__matches": 0.5}, "matches must be a count; got 0.5"),
+        ({"calibration__matches": 0.5}, "matches must be a count of at least 1; got 0.5"),
         ({"calibration__protocol": 1}, "protocol must be text"),
-        ({"calibration__logistic": 1}, "expected an object with slope, offset"),
-        ({"calibration__logistic__slope": -1}, "slope must be above 0; got -1"),
+        ({"calibration__curve": 1}, "curve must be an object whose kind is one of"),
+        ({"calibration__curve__slope": -1}, "slope must be above 0; got -1"),
     ],
 )
 def test_a_changed_file_is_one_clear_error(tmp_path, changes, message):
     path = tmp_path / "v.json"
-    Verifier.calibrate(*scored()).save(path)
+    Verifier.calibrate(*scored(), curve="logistic").save(path)
     damage(path, **changes)
     with pytest.raises(VerifierError, match=rf"v\.json is not a verifier that can be used: {message}") as caught:
         Verifier.load(path)
@@ -243,3 +255,61 @@ def test_a_missing_file_and_a_folder_are_one_clear_error(tmp_path):
         Verifier.load(tmp_path)
     with pytest.raises(VitembedError, match="there is no folder"):
         Verifier.calibrate(*scored()).save(tmp_path / "none" / "v.json")
+
+
+def test_scores_in_the_band_are_unsure_and_no_match(model):
+    verifier = Verifier.calibrate(*scored(), far=0.02, frr=0.05)
+    low, high = verifier.calibration.reject_below, verifier.threshold
+    decisions = [verifier.judge(score) for score in (low - 1e-9, low, (low + high) / 2, high)]
+    assert [decision.verdict for decision in decisions] == ["no match", "unsure", "unsure", "match"]
+    assert [decision.match for decision in decisions] == verifier.decide([d.score for d in decisions]).tolist()
+    for score in (np.nan, np.inf):
+        with pytest.raises(VectorError, match="finite"):
+            verifier.judge(score)
+
+
+def test_the_kinds_of_pairs_reach_the_calibration(model, pairs):
+    left, right = np.triu_indices(60, 1)
+    forged = ~pairs.is_match & (left // 6 == right // 6 - 1)
+    who = np.stack([left // 6, np.where(forged, left, right) // 6], axis=1)
+    known = dataclasses.replace(pairs, identities=who, skilled=forged)
+    verifier = Verifier.fit(model, known, 0.05, frr=0.1, test_identities=5)
+    z = model.table.astype(np.float64)
+    scores = np.clip(np.einsum("nd,nd->n", z[left], z[right]), -1, 1)
+    expected = calibrate(scores, pairs.is_match, 0.05, frr=0.1, identities=who, skilled=forged, test_identities=5)
+    assert verifier.calibration == expected
+    assert (expected.against, expected.skilled, expected.interval_identities) == ("skilled", 9 * 36, 5)
+    assert Verifier.fit(model, known, 0.05, against="random").calibration.against == "random"
+
+
+def test_the_same_image_on_both_sides_is_told(model, pairs, tmp_path):
+    verifier = Verifier.fit(model, pairs)
+    (tmp_path / "sub").mkdir()
+    for name, content in (("3.png", b"abc"), ("sub/3.png", b"abc"), ("4.png", b"xyz")):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "5.png").symlink_to("4.png")
+    at = {name: tmp_path / name for name in ("3.png", "sub/3.png", "4.png", "5.png")}
+    assert verifier.compare(at["3.png"], at["3.png"]).notes == (module.SAME_FILE,)
+    assert verifier.compare(at["3.png"], str(at["sub/3.png"])).notes == (module.SAME_FILE,)
+    assert verifier.compare(at["4.png"], at["5.png"]).notes == (module.SAME_FILE,)
+    assert verifier.compare(at["3.png"], at["4.png"]).notes == ()
+    assert verifier.compare(np.full((1, 1), 7), np.full((1, 1), 7)).notes == (module.SAME_PIXELS,)
+    assert verifier.compare(np.full((1, 1), 7), np.full((1, 1), 8)).notes == ()
+    assert verifier.compare(at["4.png"], np.full((1, 1), 4)).notes == (module.SAME_PIXELS,)
+
+
+def test_references_are_carried_along(tmp_path):
+    verifier = Verifier.calibrate(*scored())
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(20), 12)
+    vectors = rng.normal(size=(20, 8))[labels] + 0.4 * rng.normal(size=(240, 8))
+    references = fit_references(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), labels, far=0.05)
+    with_rule = verifier.with_references(references)
+    assert verifier.references is None
+    assert with_rule.references == references
+    assert with_rule.with_references(None) == verifier
+    with_rule.save(tmp_path / "v.json")
+    assert Verifier.load(tmp_path / "v.json") == with_rule
+    damage(tmp_path / "v.json", references__count=0)
+    with pytest.raises(VerifierError, match=r"v\.json is not a verifier that can be used: count must be"):
+        Verifier.load(tmp_path / "v.json")

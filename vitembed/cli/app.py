@@ -15,6 +15,7 @@ import typer
 
 from vitembed import __version__
 from vitembed.cli import (
+    enrolling,
     evaluating,
     explaining,
     exporting,
@@ -73,6 +74,8 @@ app.command()(looking.cluster)
 app.command("map")(looking.map_entries)
 app.command()(verifying.calibrate)
 app.command()(verifying.verify)
+app.command()(enrolling.enroll)
+app.command()(enrolling.identify)
 app.command()(explaining.explain)
 app.command()(exporting.export)
 app.command()(doctor)
@@ -95,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 a "no" of `verify` or a fault found, 2 an error."""
+    """Run one command and return its exit status: 0 done, 1 a "no" or a fault found, 2 an error, 3 unsure."""
     if "" in (sys.argv[1:] if arguments is None else arguments):  # it would stand for the current folder
         return _fail("an argument is empty; is a variable of your shell not set?")
     try:

@@ -23,6 +23,7 @@ def new_embedder(
     pooling: Pooling = "cls",
     dim: int | None = None,
     ink: bool = False,
+    scan: bool = False,
 ) -> "Embedder":
     """Make an untrained model.
 
@@ -35,6 +36,7 @@ def new_embedder(
         pooling: see `Embedder.create`.
         dim: see `Embedder.create`.
         ink: whether the images are dark ink on white.
+        scan: whether they are scans or photographs of ink, whose ground is removed; implies `ink`.
 
     Raises:
         ConfigError: if the options do not go together.
@@ -49,7 +51,7 @@ def new_embedder(
     size = (image_size, image_size)
     return Embedder.create(
         arch,
-        preprocess=Preprocess.grey(size) if ink else Preprocess(size),
+        preprocess=Preprocess.grey(size, scan=scan) if ink or scan else Preprocess(size),
         stem="linear" if foreign else stem or "conv",  # linear is what `create` takes for no word of it
         pooling=pooling,
         dim=dim,

@@ -37,6 +37,14 @@ def pretrain(
             "--ink", help="Dark ink on white: grey, inverted, padded; --augment ink.", rich_help_panel=NETWORK
         ),
     ] = False,
+    scan: Annotated[
+        bool,
+        typer.Option(
+            "--scan",
+            help="Scans or photographs of ink: ground removed, cropped to the ink and centred; implies --ink.",
+            rich_help_panel=NETWORK,
+        ),
+    ] = False,
     tile: Annotated[int, typer.Option(min=1, help="Side of a tile, in patches.", rich_help_panel=PUZZLE)] = 1,
     mask: Annotated[float, typer.Option(help="Share of the tiles that is hidden.", rich_help_panel=PUZZLE)] = 0.1,
     min_contrast: Annotated[
@@ -78,13 +86,15 @@ def pretrain(
         tile=tile,
         mask=mask,
         min_contrast=min_contrast,
-        augment=Augment.named(augment or ("ink" if ink else "photo")),
+        augment=Augment.named(augment or ("ink" if ink or scan else "photo")),
         precision=precision,
         workers=workers,
         seed=seed,
     )
     dataset = unlabelled_images(data)
-    model = new_embedder(device, seed, arch=arch, stem=stem, image_size=image_size, pooling=pooling, dim=dim, ink=ink)
+    model = new_embedder(
+        device, seed, arch=arch, stem=stem, image_size=image_size, pooling=pooling, dim=dim, ink=ink, scan=scan
+    )
     result = pretrain_jigsaw(model, dataset, config=settings, out=out, overwrite=overwrite, progress=True)
     if result.accuracy <= result.chance:
         warn("it places tiles no better than a constant answer would: nothing has been learned yet; train longer")

@@ -72,6 +72,14 @@ def train(
             "--ink", help="Dark ink on white: grey, inverted, padded; --augment ink.", rich_help_panel=NETWORK
         ),
     ] = False,
+    scan: Annotated[
+        bool,
+        typer.Option(
+            "--scan",
+            help="Scans or photographs of ink: ground removed, cropped to the ink and centred; implies --ink.",
+            rich_help_panel=NETWORK,
+        ),
+    ] = False,
     loss: Annotated[
         str,
         typer.Option(
@@ -234,7 +242,8 @@ def train(
     from vitembed.training.checkpoints import list_checkpoints
     from vitembed.training.distributed import on_main
 
-    network = {"arch": arch, "stem": stem, "image_size": image_size, "pooling": pooling, "dim": dim, "ink": ink or None}
+    network = {"arch": arch, "stem": stem, "image_size": image_size, "pooling": pooling, "dim": dim}
+    network |= {"ink": ink or None, "scan": scan or None}
     chosen: dict[str, Any] = {name: value for name, value in network.items() if value is not None}
     dataset = load_source(data)
     model = _go_on(init, device, seed, chosen) if init is not None else new_embedder(device, seed, **chosen)

@@ -1,30 +1,59 @@
 """`vitembed calibrate` and `vitembed verify`: a threshold with a known error rate, and decisions by it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitembed.cli.evaluating import HeldOut, load_labelled
-from vitembed.cli.models import MODEL, find_model, location_of, open_model
+from vitembed.cli.decisions import (
+    STATUS,
+    ModelFolder,
+    ReferencesFolder,
+    VerifierFile,
+    judge_ink,
+    open_verifier,
+    print_decision,
+)
+from vitembed.cli.enrolling import verify_identity
+from vitembed.cli.evaluating import HeldOut, is_pairs, load_labelled
+from vitembed.cli.models import MODEL, location_of, open_model
 from vitembed.cli.output import BatchSize, Device, Json, Seed, print_figures, print_json, warn
 from vitembed.errors import ConfigError
 
 if TYPE_CHECKING:
     from vitembed.embedder import Embedder
-    from vitembed.verify import Pairs
-
-NO_MATCH = 1  # exit status, as `cmp` and `diff` have it
+    from vitembed.verify import Calibration, Verifier
 
 
 def calibrate(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    data: Annotated[Path, typer.Argument(help="A folder DATA/IDENTITY/IMAGE, or a table of left,right,match.")],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder DATA/IDENTITY/IMAGE or DATA/WRITER/genuine and forged, a .csv or .parquet: path,label, or a "
+            ".csv of pairs: left,right,match."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The verifier file to write (JSON).")],
     far: Annotated[float, typer.Option(help="Wanted false-accept rate, in (0, 1).")] = 0.01,
+    frr: Annotated[
+        float | None,
+        typer.Option(help="Share of matching pairs that may be called no match; between that and a match: unsure."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="skilled, random or all: pairs that --far is for; skilled ones where there are any."),
+    ] = None,
+    curve: Annotated[
+        str, typer.Option(help="From score to probability: logistic, 'likelihood ratio', isotonic, or auto.")
+    ] = "auto",
+    prior: Annotated[float, typer.Option(help="Share of matching pairs that the probability supposes.")] = 0.5,
     max_pairs: Annotated[
         int, typer.Option(min=2, help="Pairs to draw from a folder, half of them matching.")
     ] = 100_000,
+    enrolled: Annotated[
+        int, typer.Option(min=0, help="References that an identity will have; 0 to decide on pairs alone.")
+    ] = 6,
     held_out: HeldOut = False,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
@@ -33,71 +62,126 @@ def calibrate(
 ) -> None:
     """Choose the threshold for a wanted false-accept rate; use images that the model was not trained on.
 
-    Example: vitembed calibrate runs/photos photos/ --held-out --out photos.verifier --far 0.01
+    Example: vitembed calibrate runs/photos photos/ --held-out --out photos.verifier --far 0.01 --frr 0.02
     """
-    from dataclasses import asdict
-
-    from vitembed.verify import Verifier
-
     embedder = open_model(model, device)
-    pairs = _pairs(embedder, data, held_out, max_pairs, seed)
-    location = location_of(model)
-    verifier = Verifier.fit(embedder, pairs, far, location=location, batch_size=batch_size, progress=True)
+    settings: dict[str, Any] = {"far": far, "frr": frr, "against": against, "prior": prior, "curve": curve}
+    settings |= {"location": location_of(model), "batch_size": batch_size, "progress": True}
+    verifier, lacking = _fitted(embedder, data, held_out, settings, enrolled, max_pairs, seed)
     verifier.save(out)
-    if verifier.calibration.identities is not None and verifier.calibration.far_interval is None:
-        warn(
-            f"only {verifier.calibration.identities} identities: the rates hold for these images, "
-            "and nobody knows how they will be for others; calibrate on ten identities or more"
-        )
-    figures = {"verifier": str(out), **asdict(verifier.calibration)}
+    _warn_of_few(verifier.calibration)
+    if lacking:
+        warn(f"not calibrated for references ({lacking}); decisions on an identity will use the rates of pairs")
+    references = verifier.references
     if json:
-        print_json(figures)
-    else:
-        print_figures(figures)
+        by_references = None if references is None else references.to_dict()
+        print_json({"verifier": str(out), **verifier.calibration.to_dict(), "references": by_references})
+        return
+    print_figures({"verifier": str(out), **_figures(verifier.calibration)})
+    if references is not None:
+        typer.echo(f"\nby {references.count} references of an identity, rule {references.rule.name}:")
+        print_figures(_figures(references.calibration))
 
 
 def verify(
-    left: Annotated[Path, typer.Argument(help="An image.")],
-    right: Annotated[Path, typer.Argument(help="Another image.")],
-    verifier: Annotated[Path, typer.Option(help="A file that `vitembed calibrate` wrote.")],
-    model: Annotated[
-        str | None, typer.Option(help="The model's folder, if it is no longer where the verifier was made with it.")
+    images: Annotated[list[Path], typer.Argument(help="Two images; with --identity the questioned one alone.")],
+    verifier: VerifierFile,
+    identity: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Decide from the references of this enrolled identity.")
     ] = None,
+    references: ReferencesFolder = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write a page: images, decision in words, why, and the small print.")
+    ] = None,
+    model: ModelFolder = None,
     device: Device = None,
     json: Json = False,
 ) -> int:
-    """Decide whether two images match; exit status 0 for a match, 1 for none, 2 for an error.
+    """Decide whether two images match; exit status 0 for a match, 1 for none, 3 for unsure, 2 for an error.
 
-    Example: vitembed verify a.png b.png --verifier photos.verifier
+    Example: vitembed verify a.png b.png --verifier photos.verifier --html decision.html
+
+    Example: vitembed verify --identity alice questioned.png --verifier photos.verifier
     """
-    from dataclasses import asdict, replace
+    wanted = 2 if identity is None else 1
+    if len(images) != wanted:
+        instead = "" if identity is None else f" beside --identity {identity}"
+        raise ConfigError(f"expected {wanted} image{'s' * (wanted > 1)}{instead}; got {len(images)}")
+    if identity is not None:
+        return verify_identity(
+            identity, images[0], verifier, references=references, model=model, device=device, html=html, json=json
+        )
+    if references is not None:
+        raise ConfigError("--references goes with --identity")
+    return _verify_pair(images, verifier, model, device, html, json)
 
-    from vitembed.verify import Verifier
 
-    loaded = Verifier.load(verifier)
-    folder = find_model(verifier, loaded.location, model)
-    bound = replace(loaded, model=open_model(folder, device))
-    decision = bound.compare(left, right)
+def _verify_pair(
+    images: list[Path], path: Path, model: str | None, device: str | None, html: Path | None, json: bool
+) -> int:
+    """Decide on two images, print it, and return the exit status."""
+    verifier, embedder = open_verifier(path, model, device)
+    decision = verifier.compare(*images)
+    quality = judge_ink(embedder, images)
+    if html is not None:
+        from vitembed.decision_page import write_decision_page
+        from vitembed.explain import explain_pair
+
+        write_decision_page(
+            html,
+            decision,
+            images,
+            calibration=verifier.calibration,
+            shared=explain_pair(embedder, *images),
+            quality=quality,
+            preprocess=embedder.preprocess,
+            verifier=verifier,
+        )
     if json:
+        from dataclasses import asdict
+
         print_json(asdict(decision))
     else:
-        calibration = bound.calibration
-        word = "match" if decision.match else "no match"
-        typer.echo(f"{word}: score {decision.score:.4f}, threshold {decision.threshold:.4f}")
-        typer.echo(f"probability of a match, were both answers equally likely before: {decision.probability:.4f}")
-        typer.echo(
-            f"at this threshold {calibration.far:.2%} of non-matching and {calibration.frr:.2%} of matching pairs "
-            f"were judged wrongly ({calibration.non_matches:,} and {calibration.matches:,} pairs)"
+        print_decision(decision, verifier.calibration, verifier.created, quality)
+    return STATUS[decision.verdict]
+
+
+def _warn_of_few(calibration: "Calibration") -> None:
+    if calibration.identities is not None and calibration.far_interval is None:
+        warn(
+            f"only {calibration.identities} identities: the rates hold for these images, "
+            "and nobody knows how they will be for others; calibrate on nine identities or more"
         )
-    return 0 if decision.match else NO_MATCH
 
 
-def _pairs(model: "Embedder", data: Path, held_out: bool, max_pairs: int, seed: int) -> "Pairs":
-    from vitembed.verify import Pairs
+def _figures(calibration: "Calibration") -> dict[str, object]:
+    """Return the calibration for a table: the curve by its kind, what does not apply left out."""
+    figures = {key: value for key, value in calibration.to_dict().items() if value is not None}
+    figures["curve"] = calibration.curve.kind
+    figures["prior"] = calibration.prior
+    for kind, numbers in figures.pop("candidates").items():
+        figures[f"{kind}: log-loss"] = numbers["log_loss"]
+        figures[f"{kind}: calibration error"] = numbers["ece"]
+    return figures
 
-    if data.is_file():
+
+def _fitted(
+    model: "Embedder",
+    data: Path,
+    held_out: bool,
+    settings: dict[str, Any],
+    enrolled: int,
+    max_pairs: int,
+    seed: int,
+) -> "tuple[Verifier, str | None]":
+    """Return the verifier for a table of pairs or for labelled images, and why it knows nothing of references."""
+    from vitembed.verify import Pairs, Verifier, fit_labelled
+
+    if is_pairs(data):
         if held_out:
             raise ConfigError(f"--held-out goes with a folder; {data} names its pairs itself")
-        return Pairs.from_csv(data)
+        return Verifier.fit(model, Pairs.from_csv(data), **settings), None
     dataset = load_labelled(model, data, held_out)
-    return Pairs.from_labels(dataset.images, dataset.labels, max_pairs=max_pairs, seed=seed)
+    whom = dataset.forgery_of
+    settings |= {"count": enrolled, "max_pairs": max_pairs, "seed": seed}
+    return fit_labelled(model, dataset.images, dataset.labels, whom, **settings)

@@ -1,33 +1,38 @@
-"""Metrics of scored pairs: the receiver operating characteristic and what is read off it.
+"""Metrics of scored pairs: the receiver operating characteristic, what is read off it, and rates at a threshold.
 
-Matching and non-matching scores are sorted once, each on their own; rates at a threshold are then two binary
-searches, so no metric but `roc_curve` itself needs the whole curve.
+The functions here are definitions and checks; `ScoreTable` does the work, and where several metrics of the same pairs
+are wanted it is the faster way to ask: each function counts the scores anew.
 """
 
-import math
-from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from vitembed.errors import ConfigError, VectorError
+from vitembed.errors import ConfigError, DataError, VectorError
 from vitembed.metrics.checks import Bools, Floats, checked_pairs, checked_scores, label_codes, slabs, unit_rows
+from vitembed.metrics.counting import checked_flags
+from vitembed.metrics.operating_points import RocCurve
+from vitembed.metrics.score_table import ScoreTable
+from vitembed.metrics.steps import Steps
 
 
 @dataclass(frozen=True)
-class RocCurve:
-    """Every operating point of a set of scored pairs, from "accept none" to "accept all".
+class ErrorRates:
+    """Shares of wrong decisions at a threshold, each in [0, 1]; None where no pair of that kind was judged.
 
     Attributes:
-        thresholds: (T,) strictly falling; +inf first, then each distinct score.
-        far: (T,) float64, false-accept rate at each threshold, rising from 0 to 1.
-        frr: (T,) float64, false-reject rate at each threshold, falling from 1 to 0.
+        frr: of the matching pairs, those that score below the threshold.
+        far: of the non-matching pairs, those that reach it.
+        far_random: the same of random pairs: two identities, neither imitating the other. None too where the kinds of
+            non-matching pairs are not known.
+        far_skilled: the same of skilled forgeries, likewise.
     """
 
-    thresholds: Floats
-    far: NDArray[np.float64]
-    frr: NDArray[np.float64]
+    frr: float | None
+    far: float | None
+    far_random: float | None = None
+    far_skilled: float | None = None
 
 
 def roc_curve(scores: ArrayLike, is_match: ArrayLike) -> RocCurve:
@@ -45,12 +50,29 @@ def roc_curve(scores: ArrayLike, is_match: ArrayLike) -> RocCurve:
     >>> curve.thresholds.tolist(), curve.far.tolist(), curve.frr.tolist()
     ([inf, 0.9, 0.4], [0.0, 0.0, 1.0], [1.0, 0.5, 0.0])
     """
-    matches, others = _sorted_sides(scores, is_match)
-    distinct = np.unique(np.concatenate([matches, others]))[::-1]
-    thresholds = np.concatenate([np.array([np.inf], dtype=distinct.dtype), distinct])
-    far = (others.size - np.searchsorted(others, thresholds, side="left")) / others.size
-    frr = np.searchsorted(matches, thresholds, side="left") / matches.size
-    return RocCurve(thresholds, far, frr)
+    checked, matching = checked_pairs(scores, is_match)
+    steps = Steps.of(checked[matching], checked[~matching])
+    thresholds = np.append(np.array(np.inf, dtype=steps.values.dtype), steps.values[::-1])
+    return RocCurve(thresholds, np.append(0.0, steps.far[::-1]), np.append(1.0, steps.frr[::-1]))
+
+
+def det_curve(scores: ArrayLike, is_match: ArrayLike, points: int = 2000) -> RocCurve:
+    """Return at most `points` points of `roc_curve`, evenly spread where FAR and FRR have probit axes.
+
+    That is the detection error trade-off's plot (Martin et al. 1997, "The DET curve in assessment of detection task
+    performance"), FRR over FAR; it serves a ROC plot too. The ends are always there. Where a stretch of points was left
+    out, neither rate changed by more than one step of the axes.
+
+    Raises:
+        ConfigError: fewer than 10 points.
+        VectorError: scores are no finite (P,) array.
+        DataError: `is_match` does not fit, or has one kind of pair only.
+
+    >>> curve = det_curve([0.9, 0.4, 0.4], [True, True, False])
+    >>> curve.far.tolist(), curve.frr.tolist()
+    ([0.0, 0.0, 1.0], [1.0, 0.5, 0.0])
+    """
+    return ScoreTable(scores, is_match).det_curve(points)
 
 
 def equal_error_rate(scores: ArrayLike, is_match: ArrayLike) -> tuple[float, float]:
@@ -60,25 +82,14 @@ def equal_error_rate(scores: ArrayLike, is_match: ArrayLike) -> tuple[float, flo
     with FAR >= FRR. Both rates are joined by straight lines between them; the result is where the lines cross, and
     the threshold is interpolated by the same share (it is the lower one where the upper is infinite).
 
-    Arguments and errors are as in `roc_curve`. Memory: one sorted copy of the scores.
+    Arguments and errors are as in `roc_curve`. Memory: a few megabytes beside the scores.
 
     At threshold 0.8 FAR is 0 and FRR 1/2, at 0.6 FAR is 1/2 and FRR 1/2: they meet there.
 
     >>> equal_error_rate([0.8, 0.4, 0.6, 0.2], [True, True, False, False])
     (0.5, 0.6)
     """
-    matches, others = _sorted_sides(scores, is_match)
-
-    # FAR - FRR falls as the threshold rises: on either side, bisection finds where it goes below zero.
-    lower, upper = -math.inf, math.inf
-    for side in (matches, others):
-        k = _first_below(side, matches, others)
-        lower = max(lower, float(side[k - 1]) if k else -math.inf)
-        upper = min(upper, float(side[k]) if k < side.size else math.inf)
-    (far, frr), (far_upper, frr_upper) = _rates(lower, matches, others), _rates(upper, matches, others)
-    share = (far - frr) / ((far - frr) + (frr_upper - far_upper))  # of the way from lower to upper
-    threshold = lower + share * (upper - lower) if math.isfinite(upper) else lower
-    return far + share * (far_upper - far), threshold
+    return ScoreTable(scores, is_match).equal_error_rate()
 
 
 def threshold_at_far(impostor_scores: ArrayLike, far: float) -> float:
@@ -97,16 +108,7 @@ def threshold_at_far(impostor_scores: ArrayLike, far: float) -> float:
     >>> 0.7 < threshold_at_far([0.9, 0.7, 0.5, 0.3], far=0.25) < 0.7001
     True
     """
-    if not 0 <= far < 1:
-        raise ConfigError(f"a false-accept rate must be at least 0 and below 1; got {far}")
-    scores = checked_scores(impostor_scores)
-    if scores.size == 0:
-        raise VectorError("a threshold for a false-accept rate needs scores of non-matching pairs; got none")
-    allowed = math.floor(far * scores.size)
-    if (allowed + 1) / scores.size <= far:  # the product rounded down: 0.29 * 100 is 28.999...
-        allowed += 1
-    refused = np.partition(scores, scores.size - 1 - allowed)[scores.size - 1 - allowed]
-    return float(np.nextafter(refused, np.array(np.inf, dtype=scores.dtype)))
+    return ScoreTable.of_others(impostor_scores).threshold_at_far(far)
 
 
 def tar_at_far(scores: ArrayLike, is_match: ArrayLike, far: float) -> float:
@@ -120,9 +122,7 @@ def tar_at_far(scores: ArrayLike, is_match: ArrayLike, far: float) -> float:
     >>> tar_at_far([0.9, 0.6, 0.7, 0.1], [True, True, False, False], far=0.1)
     0.5
     """
-    matches, others = _sorted_sides(scores, is_match)
-    threshold = _like(threshold_at_far(others, far), matches)
-    return float(1 - np.searchsorted(matches, threshold, side="left") / matches.size)
+    return ScoreTable(scores, is_match).tar_at_far(far)
 
 
 def roc_auc(scores: ArrayLike, is_match: ArrayLike) -> float:
@@ -133,10 +133,66 @@ def roc_auc(scores: ArrayLike, is_match: ArrayLike) -> float:
     >>> roc_auc([0.9, 0.4, 0.4], [True, True, False])
     0.75
     """
-    matches, others = _sorted_sides(scores, is_match)
-    below = np.searchsorted(others, matches, side="left").sum(dtype=np.int64)
-    not_above = np.searchsorted(others, matches, side="right").sum(dtype=np.int64)
-    return float((below + not_above) / (2 * matches.size * others.size))
+    return ScoreTable(scores, is_match).roc_auc()
+
+
+def error_rates(
+    scores: ArrayLike, is_match: ArrayLike, threshold: float, skilled: ArrayLike | None = None
+) -> ErrorRates:
+    """Return the shares of pairs that a threshold decides wrongly, those of either kind apart.
+
+    Args:
+        scores: (P,) finite, higher is more alike; P >= 1.
+        is_match: (P,) booleans (or 0 and 1).
+        threshold: a pair is accepted when its score is at least this; not NaN.
+        skilled: (P,) booleans, True for the non-matching pairs in which one side imitates the other's identity (skilled
+            forgeries, in the words of signature verification); the other non-matching pairs are random ones.
+
+    Raises:
+        ConfigError: the threshold is NaN.
+        VectorError: scores are no finite (P,) array, or empty.
+        DataError: `is_match` or `skilled` does not fit, or a matching pair is called skilled.
+
+    >>> error_rates([0.9, 0.3, 0.7, 0.1], [1, 1, 0, 0], 0.5, skilled=[0, 0, 1, 0])
+    ErrorRates(frr=0.5, far=0.5, far_random=0.0, far_skilled=1.0)
+    """
+    if np.isnan(threshold):
+        raise ConfigError("a threshold must be a number; got NaN")
+    checked = checked_scores(scores)
+    if checked.size == 0:
+        raise VectorError("error rates need scores of pairs; got none")
+    matching = checked_flags(is_match, checked.size, "is_match")
+    accepted = checked >= np.float64(threshold)  # float32 scores are widened; the threshold is not rounded to them
+    frr, far = _share(~accepted, matching), _share(accepted, ~matching)
+    if skilled is None:
+        return ErrorRates(frr, far)
+    imitated = _checked_skilled(skilled, matching)
+    return ErrorRates(frr, far, _share(accepted, ~matching & ~imitated), _share(accepted, imitated))
+
+
+def impostor_kinds(is_match: ArrayLike, skilled: ArrayLike) -> dict[str, Bools]:
+    """Return which pairs to judge for each kind of non-matching pair: these, and all matching pairs.
+
+    With them any metric of pairs is had for random and skilled forgeries apart:
+    `{kind: equal_error_rate(scores[at], is_match[at]) for kind, at in impostor_kinds(is_match, skilled).items()}`.
+
+    Args:
+        is_match: (P,) booleans (or 0 and 1).
+        skilled: (P,) booleans, as in `error_rates`.
+
+    Returns:
+        "random" and "skilled", each (P,) bool; a kind without a pair is left out.
+
+    Raises:
+        DataError: the flags do not fit, or a matching pair is called skilled.
+
+    >>> impostor_kinds([1, 0, 0], [0, 1, 1])
+    {'skilled': array([ True,  True,  True])}
+    """
+    matching = checked_flags(is_match, np.size(is_match), "is_match")
+    imitated = _checked_skilled(skilled, matching)
+    kinds = {"random": ~matching & ~imitated, "skilled": imitated}
+    return {kind: of_kind | matching for kind, of_kind in kinds.items() if of_kind.any()}
 
 
 def pair_scores(embeddings: ArrayLike, labels: ArrayLike) -> tuple[Floats, Bools]:
@@ -177,32 +233,14 @@ def pair_scores(embeddings: ArrayLike, labels: ArrayLike) -> tuple[Floats, Bools
     return np.clip(scores, -1, 1, out=scores), is_match
 
 
-def _sorted_sides(scores: ArrayLike, is_match: ArrayLike) -> tuple[Floats, Floats]:
-    """Return the scores of matching and of non-matching pairs, each ascending."""
-    checked, matching = checked_pairs(scores, is_match)
-    matches, others = checked[matching], checked[~matching]
-    matches.sort()
-    others.sort()
-    return matches, others
+def _checked_skilled(skilled: ArrayLike, matching: Bools) -> Bools:
+    imitated = checked_flags(skilled, matching.size, "skilled")
+    wrong = np.flatnonzero(imitated & matching)
+    if wrong.size:
+        raise DataError(f"a skilled forgery is a non-matching pair; pair {wrong[0]} is marked as matching and skilled")
+    return imitated
 
 
-def _rates(threshold: float, matches: Floats, others: Floats) -> tuple[float, float]:
-    """Return FAR and FRR at a threshold; both arrays ascend."""
-    refused = np.searchsorted(others, _like(threshold, others), side="left")
-    missed = np.searchsorted(matches, _like(threshold, matches), side="left")
-    return float((others.size - refused) / others.size), float(missed / matches.size)
-
-
-def _first_below(side: Floats, matches: Floats, others: Floats) -> int:
-    """Return the position of the first of the ascending scores `side` at which FAR < FRR."""
-
-    def below(k: int) -> bool:
-        far, frr = _rates(float(side[k]), matches, others)
-        return far < frr
-
-    return bisect_left(range(side.size), True, key=below)
-
-
-def _like(value: float, array: Floats) -> Floats:
-    # searchsorted with a value of another type would copy the whole array to the wider one.
-    return np.asarray(value, dtype=array.dtype)
+def _share(hit: Bools, among: Bools) -> float | None:
+    count = int(np.count_nonzero(among))
+    return int(np.count_nonzero(hit & among)) / count if count else None

@@ -6,26 +6,28 @@ replaced as a whole or not at all. The model itself stays where it is; the file 
 """
 
 import dataclasses
-import difflib
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vitembed.errors import ModelMismatchError, VectorError, VerifierError
-from vitembed.files import atomic_write
 from vitembed.images import ImageSource
-from vitembed.verify.calibration import Calibration, Logistic, calibrate
+from vitembed.verify.calibration import Calibration, Verdict, Wanted, calibrate
 from vitembed.verify.pairs import Pairs
+from vitembed.verify.scored import ScoredPairs
+from vitembed.verify.verifier_file import Saved, read_verifier, unusable, write_verifier
 
-FORMAT = "vitembed-verifier"
-VERSION = 1
+if TYPE_CHECKING:
+    from vitembed.verify.references import ReferenceCalibration
+
+SAME_FILE = "both images are the same file"
+SAME_PIXELS = "both images are the same to the model: one is a copy of the other"
 
 # Rows gathered at a time for the scores of pairs: 24 MB a side for 384 dimensions.
 _CHUNK = 16_384
@@ -50,15 +52,19 @@ class Decision:
 
     Attributes:
         match: whether score >= threshold.
+        verdict: "match", "no match", or "unsure" where the score lies in the verifier's unsure band: let a person look.
         probability: that the pair matches, in [0, 1], at the verifier's prior (even odds unless told otherwise).
         score: cosine of the two embeddings, in [-1, 1].
         threshold: of the verifier.
+        notes: what a reviewer should know besides, a sentence each: that both images are one and the same.
     """
 
     match: bool
+    verdict: Verdict
     probability: float
     score: float
     threshold: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ class Verifier:
         location: where that model was, for people; None if that is not known.
         created: date and time of the calibration, ISO 8601 in UTC.
         model: encodes images for `compare`; None decides on scores alone.
+        references: the rule and the calibration for a questioned image beside several references of an identity; None
+            without one.
 
     Raises:
         ModelMismatchError: `model` is not the one with this fingerprint.
@@ -81,6 +89,7 @@ class Verifier:
     location: str | None = None
     created: str = ""
     model: Encoder | None = None
+    references: "ReferenceCalibration | None" = None
 
     def __post_init__(self) -> None:
         if self.model is None or self.fingerprint is None:
@@ -104,7 +113,11 @@ class Verifier:
         pairs: Pairs,
         far: float = 0.01,
         *,
+        frr: float | None = None,
+        against: str | None = None,
         prior: float = 0.5,
+        curve: str = "auto",
+        test_identities: int | None = None,
         location: str | None = None,
         batch_size: int = 64,
         progress: bool = False,
@@ -113,23 +126,43 @@ class Verifier:
 
         Args:
             model: encodes images.
-            pairs: labelled pairs, of both kinds; at least 3 / far that do not match.
+            pairs: of images that the model was not trained on; at least 3 / far of `against` that do not match.
             far: the wanted false-accept rate, in (0, 1).
+            frr: the share of matching pairs that may be called "no match"; above it and below the threshold a pair
+                is "unsure". None: no pair is.
+            against: "skilled", "random" or "all" non-matching pairs; by default skilled ones where there are any.
             prior: the share of matching pairs where the verifier will be used; it moves the probability alone.
+            curve: "logistic", "likelihood ratio", "isotonic", or "auto": chosen by cross-validation over identities.
+            test_identities: for how many other identities the intervals are; as many as in the pairs by default.
             location: where the model can be found again, kept for people.
             batch_size: images in one pass of the network.
             progress: show a progress bar on standard error.
 
         Raises:
+            ConfigError: a setting is out of range or unknown; nothing is encoded then.
             ImageError: an image cannot be read.
-            DataError: one kind of pair only.
-            VerifierError: the pairs cannot support the wanted rate, or the scores tell nothing apart.
+            DataError: one kind of pair only, or none of `against`.
+            VerifierError: the pairs cannot support the wanted rates, or the scores tell nothing apart.
         """
+        wanted = Wanted(far, frr, against, prior, curve, test_identities)
+        wanted.check_support(ScoredPairs.check(np.zeros(len(pairs)), pairs.is_match, pairs.identities, pairs.skilled))
         images, left, right = _distinct(pairs)
         vectors = model.encode(images, batch_size=batch_size, progress=progress)
-        scores = _cosines(vectors, left, right)
-        calibration = calibrate(scores, pairs.is_match, far, identities=pairs.identities, prior=prior)
-        return cls(calibration, model.fingerprint, location, _now(), model)
+        return cls.calibrate(
+            _cosines(vectors, left, right),
+            pairs.is_match,
+            far,
+            frr=frr,
+            identities=pairs.identities,
+            skilled=pairs.skilled,
+            against=against,
+            prior=prior,
+            curve=curve,
+            test_identities=test_identities,
+            fingerprint=model.fingerprint,
+            location=location,
+            model=model,
+        )
 
     @classmethod
     def calibrate(
@@ -138,16 +171,39 @@ class Verifier:
         is_match: ArrayLike,
         far: float = 0.01,
         *,
+        frr: float | None = None,
+        identities: ArrayLike | None = None,
+        skilled: ArrayLike | None = None,
+        against: str | None = None,
         prior: float = 0.5,
+        curve: str = "auto",
+        test_identities: int | None = None,
         fingerprint: str | None = None,
         location: str | None = None,
+        model: Encoder | None = None,
     ) -> "Verifier":
         """Choose the threshold on scores alone, (P,) with `is_match` (P,); cosines, higher is more alike.
 
         Without `fingerprint` nothing can later tell whether a model is the one that the scores came from.
         Arguments and errors are as in `vitembed.verify.calibration.calibrate`.
         """
-        return cls(calibrate(scores, is_match, far, prior=prior), fingerprint, location, _now())
+        calibration = calibrate(
+            scores,
+            is_match,
+            far,
+            frr=frr,
+            identities=identities,
+            skilled=skilled,
+            against=against,
+            prior=prior,
+            curve=curve,
+            test_identities=test_identities,
+        )
+        return cls(calibration, fingerprint, location, _now(), model)
+
+    def with_references(self, references: "ReferenceCalibration | None") -> "Verifier":
+        """Return a copy with the rule for several references of an identity."""
+        return dataclasses.replace(self, references=references)
 
     def compare(self, a: ImageSource, b: ImageSource) -> Decision:
         """Decide whether two images match.
@@ -163,10 +219,20 @@ class Verifier:
             )
         vectors = self.model.encode([a, b], batch_size=2)
         score = float(_cosines(vectors, np.array([0]), np.array([1]))[0])
-        return Decision(score >= self.threshold, float(self.probability(score)), score, self.threshold)
+        return self.judge(score, notes=_notes(a, b, vectors))
+
+    def judge(self, score: float, notes: tuple[str, ...] = ()) -> Decision:
+        """Decide on one score, with the notes to go with it.
+
+        Raises:
+            VectorError: the score is NaN or infinite.
+        """
+        probability = float(self.probability(score))
+        verdict = self.calibration.verdict(float(score))
+        return Decision(verdict == "match", verdict, probability, float(score), self.threshold, notes)
 
     def decide(self, scores: ArrayLike) -> NDArray[np.bool_]:
-        """Return, for scores of any shape, whether each pair is accepted.
+        """Return, for scores of any shape, whether each pair is accepted; one in the unsure band is not.
 
         Raises:
             VectorError: a score is NaN or infinite.
@@ -179,7 +245,7 @@ class Verifier:
         Raises:
             VectorError: a score is NaN or infinite.
         """
-        return self.calibration.logistic(_finite(scores))
+        return self.calibration.curve(_finite(scores))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the verifier, without its model, as one JSON file; an old one is replaced as a whole.
@@ -187,15 +253,8 @@ class Verifier:
         Raises:
             VitembedError: the file cannot be written.
         """
-        document = {
-            "format": FORMAT,
-            "version": VERSION,
-            "created": self.created,
-            "fingerprint": self.fingerprint,
-            "location": self.location,
-            "calibration": dataclasses.asdict(self.calibration),
-        }
-        atomic_write(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        references = None if self.references is None else self.references.to_dict()
+        write_verifier(path, Saved(self.calibration, self.fingerprint, self.location, self.created, references))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Encoder | None = None) -> "Verifier":
@@ -209,11 +268,16 @@ class Verifier:
             VerifierError: the file is missing, damaged, or of another format or version.
             ModelMismatchError: the model has another fingerprint.
         """
-        document = _read_json(Path(path))
-        try:
-            return cls(*_parse(document), model)
-        except VerifierError as error:
-            raise VerifierError(f"{path} is not a verifier that can be used: {error}. Calibrate anew") from error
+        saved = read_verifier(path)
+        references = None
+        if saved.references is not None:
+            from vitembed.verify.references import ReferenceCalibration
+
+            try:
+                references = ReferenceCalibration.from_dict(saved.references)
+            except VerifierError as error:
+                raise unusable(path, error) from error
+        return cls(saved.calibration, saved.fingerprint, saved.location, saved.created, model, references)
 
 
 # Scores of pairs ------------------------------------------------------------------------------------------
@@ -250,14 +314,28 @@ def _cosines(vectors: NDArray[np.float32], left: NDArray[np.int64], right: NDArr
     return np.clip(scores, -1, 1, out=scores)
 
 
+def _notes(a: ImageSource, b: ImageSource, vectors: NDArray[np.float32]) -> tuple[str, ...]:
+    """Say so when both images (embedded as the two rows of `vectors`) are one and the same."""
+    if isinstance(a, str | os.PathLike) and isinstance(b, str | os.PathLike) and _one_file(Path(a), Path(b)):
+        return (SAME_FILE,)
+    # No second decoding: what differs in the pixels that the model sees differs by far more in its embedding. Equal
+    # pixels differ by rounding, as their places in the batch do; seen were 0 to 1e-7.
+    return (SAME_PIXELS,) if np.abs(vectors[0] - vectors[1]).max() <= 1e-6 else ()
+
+
+def _one_file(a: Path, b: Path) -> bool:
+    """Tell whether two paths lead to one file, or to two of equal content."""
+    try:
+        return a.samefile(b) or (a.stat().st_size == b.stat().st_size and a.read_bytes() == b.read_bytes())
+    except OSError:  # an encoder may know images by names that are no files
+        return a == b
+
+
 def _finite(scores: ArrayLike) -> NDArray[np.float64]:
     array = np.asarray(scores, dtype=np.float64)
     if not np.all(np.isfinite(array)):
         raise VectorError("scores must be finite; got NaN or infinity")
     return array
-
-
-# The file -------------------------------------------------------------------------------------------------
 
 
 def _now() -> str:
@@ -266,81 +344,3 @@ def _now() -> str:
 
 def _short(fingerprint: str) -> str:
     return fingerprint[:19] + "..." if len(fingerprint) > 22 else fingerprint
-
-
-def _read_json(path: Path) -> object:
-    try:
-        return json.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError as error:
-        raise VerifierError(f"there is no verifier at {path}; make one with Verifier.fit or calibrate") from error
-    except OSError as error:
-        raise VerifierError(f"cannot read the verifier {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise VerifierError(f"{path} is damaged or no verifier: expected JSON; {error}") from error
-
-
-def _parse(document: object) -> tuple[Calibration, str | None, str | None, str]:
-    """Check a document of `Verifier.save` and return the fields of the verifier, in order."""
-    if not isinstance(document, Mapping) or document.get("format") != FORMAT:
-        raise VerifierError(f'expected "format": "{FORMAT}"')
-    if document.get("version") != VERSION:
-        raise VerifierError(f"expected version {VERSION}; got {document.get('version')!r}")
-    _check_keys(document, ("format", "version", "created", "fingerprint", "location", "calibration"))
-    for key in ("fingerprint", "location"):
-        if not isinstance(document[key], str | None):
-            raise VerifierError(f"{key} must be text or null; got {document[key]!r}")
-    if not isinstance(document["created"], str):
-        raise VerifierError(f"created must be text; got {document['created']!r}")
-    return (
-        _parse_calibration(document["calibration"]),
-        document["fingerprint"],
-        document["location"],
-        document["created"],
-    )
-
-
-def _parse_calibration(values: object) -> Calibration:
-    checked = dict(_check_keys(values, [field.name for field in dataclasses.fields(Calibration)]))
-    logistic = _check_keys(checked["logistic"], ["slope", "offset"])
-    for key in ("threshold", "far_wanted", "far", "frr", "eer", "prior"):
-        checked[key] = _number(key, checked[key])
-    for key in ("far_interval", "frr_interval"):
-        if checked[key] is None:
-            continue
-        if not isinstance(checked[key], list) or len(checked[key]) != 2:
-            raise VerifierError(f"{key} must hold two numbers or be null; got {checked[key]!r}")
-        checked[key] = tuple(_number(key, value) for value in checked[key])
-    if checked["identities"] is not None and (type(checked["identities"]) is not int or checked["identities"] < 1):
-        raise VerifierError(f"identities must be a count or null; got {checked['identities']!r}")
-    for key in ("matches", "non_matches"):
-        if type(checked[key]) is not int or checked[key] < 1:
-            raise VerifierError(f"{key} must be a count; got {checked[key]!r}")
-    if not isinstance(checked["protocol"], str):
-        raise VerifierError(f"protocol must be text; got {checked['protocol']!r}")
-    slope, offset = (_number(key, logistic[key]) for key in ("slope", "offset"))
-    if slope <= 0:
-        raise VerifierError(f"slope must be above 0; got {slope}")
-    for key in ("far_wanted", "far", "frr", "eer", "prior"):
-        if not 0 <= checked[key] <= 1:
-            raise VerifierError(f"{key} must be in [0, 1]; got {checked[key]}")
-    return Calibration(**(checked | {"logistic": Logistic(slope, offset)}))
-
-
-def _check_keys(values: object, expected: Sequence[str]) -> Mapping[str, Any]:
-    if not isinstance(values, Mapping):
-        raise VerifierError(f"expected an object with {', '.join(expected)}; got {values!r}")
-    for key in values:
-        if key not in expected:
-            near = difflib.get_close_matches(key, expected, n=1)
-            raise VerifierError(f"unknown key {key!r}" + (f", the nearest is {near[0]!r}" if near else ""))
-    missing = [key for key in expected if key not in values]
-    if missing:
-        raise VerifierError(f"missing {', '.join(missing)}")
-    return values
-
-
-def _number(key: str, value: object) -> float:
-    # A whole number of 400 digits is valid JSON, and no float.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
-        raise VerifierError(f"{key} must be a finite number; got {value!r}")
-    return float(value)

@@ -1,0 +1,74 @@
+"""What commands that decide have in common: the verifier's file, exit statuses, and decisions in words or as a page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vitembed.cli.models import find_model, open_model
+from vitembed.cli.output import warn
+
+if TYPE_CHECKING:
+    from vitembed.embedder import Embedder
+    from vitembed.verify import Calibration, Decision, ReferenceDecision, Verdict, Verifier
+    from vitembed.verify.quality import Quality
+
+# Exit statuses; 2 is an error, as everywhere.
+STATUS: "dict[Verdict, int]" = {"match": 0, "no match": 1, "unsure": 3}
+
+VerifierFile = Annotated[Path, typer.Option(help="A file that `vitembed calibrate` wrote.")]
+ReferencesFolder = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Of the references; beside the verifier by default.")
+]
+ModelFolder = Annotated[
+    str | None, typer.Option(help="The model's folder, if it is no longer where the verifier was made with it.")
+]
+
+
+def open_verifier(path: Path, model: str | None, device: str | None) -> "tuple[Verifier, Embedder]":
+    """Read a verifier together with its model."""
+    from vitembed.verify import Verifier
+
+    location = Verifier.load(path).location
+    embedder = open_model(find_model(path, location, model), device)
+    return Verifier.load(path, embedder), embedder
+
+
+def judge_ink(model: "Embedder", images: Sequence[Path]) -> "list[Quality]":
+    """Return what is wrong with images as ink; an empty list where the model does not clean scans."""
+    from vitembed.verify.quality import judge_quality
+
+    return [judge_quality(image) for image in images] if model.preprocess.scan else []
+
+
+def print_decision(
+    decision: "Decision | ReferenceDecision",
+    calibration: "Calibration",
+    created: str,
+    quality: "Sequence[Quality]" = (),
+    *,
+    by: str = "",
+    of_pairs: bool = True,
+) -> None:
+    """Print a decision for the person who answers for it; what needs attention goes to standard error.
+
+    Args:
+        decision: of two images, or of an identity's references.
+        calibration: that it was made by.
+        created: when that was measured.
+        quality: of the images.
+        by: whose references it was decided by, in words.
+        of_pairs: whether the calibration is of pairs of images.
+    """
+    from vitembed.verify.words import Terms, how_often_it_errs, how_probable, where_it_lies
+
+    for note in (*decision.notes, *(problem.text for one in quality for problem in one.problems)):
+        warn(note)
+    terms = Terms.of_pairs("identities") if of_pairs else Terms.of_references("identities")
+    typer.echo(f"{decision.verdict}: {by}score {decision.score:.4f}, threshold {decision.threshold:.4f}")
+    if decision.verdict == "unsure":
+        typer.echo(where_it_lies(decision.verdict, decision.score, decision.threshold, calibration.reject_below))
+    typer.echo(how_probable(decision.probability, calibration.prior, decision.verdict))
+    for sentence in how_often_it_errs(calibration, terms, created):
+        typer.echo(sentence)
