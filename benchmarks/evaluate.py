@@ -6,8 +6,9 @@
 
 Retrieval: recall@k and MAP@R of embeddings of 384 numbers, drawn around the centres of their classes, so that about
 half of the matches are found. The bare product is `z @ z.T`, a slab at a time, with all threads of numpy; both take
-turns and the figure is the ratio of medians. The full average precision, precision@k and the vote cost more and are
-timed once. pytorch-metric-learning's `AccuracyCalculator` computes precision@1 and MAP@R on `--peer-rows`, and must
+turns and the figure is the ratio of medians. The full average precision, precision@k and the vote cost more; each runs
+once in a process of its own, and the figure is the ratio of processor times, which other work on the machine disturbs
+less. pytorch-metric-learning's `AccuracyCalculator` computes precision@1 and MAP@R on `--peer-rows`, and must
 come to the same figures.
 
 Scores: equal error rate and TAR@FAR of float32 scores, each in a process of its own; scikit-learn's `roc_curve` on
@@ -22,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,24 +107,31 @@ SCORES: dict[str, Callable[[Floats, NDArray[np.bool_]], object]] = {
 
 
 def measure(name: str, rows: int, dim: int, per_class: int) -> None:
-    """Print the seconds and the peak memory in GB of one run in this process; scores have no classes."""
+    """Print seconds, processor seconds and peak memory in GB of a run in this process; scores have no classes."""
     work: Callable[..., object] = RETRIEVAL[name] if per_class else SCORES[name]
     given = embeddings(rows, dim, per_class) if per_class else scored_pairs(rows)
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     work(*given)
-    print(time.perf_counter() - began, high_water())
+    print(time.perf_counter() - began, time.process_time() - used, high_water())
 
 
-def alone(name: str, rows: int, dim: int = 0, per_class: int = 0) -> tuple[float, float]:
-    """Return the seconds and the peak memory in GB of one run in a process of its own."""
+class Run(NamedTuple):
+    """What a run in a process of its own took."""
+
+    seconds: float
+    processor: float  # seconds of all threads
+    memory: float  # GB at the peak, of the whole process
+
+
+def alone(name: str, rows: int, dim: int = 0, per_class: int = 0) -> Run:
     command = [sys.executable, __file__, "--measure", name, *map(str, (rows, dim, per_class))]
-    seconds, memory = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    return float(seconds), float(memory)
+    return Run(*map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()))
 
 
-def print_line(name: str, seconds: float, memory: float | None = None, note: str = "") -> None:
-    used = "" if memory is None else f"{memory:7.2f} GB"
-    print(f"{name:<34}{seconds:>9.2f} s{used:>11}   {note}".rstrip(), flush=True)
+def print_line(name: str, run: Run, note: str = "") -> None:
+    print(
+        f"{name:<22}{run.seconds:>9.2f} s{run.processor:>9.2f} s cpu{run.memory:>7.2f} GB   {note}".rstrip(), flush=True
+    )
 
 
 def retrieval(args: argparse.Namespace) -> None:
@@ -141,14 +149,15 @@ def retrieval(args: argparse.Namespace) -> None:
             repeats=args.repeats,
             warmup=0,
         )
-        bare = times["bare product"]
-        for name, seconds in times.items():
-            memory = alone(name, args.rows, args.dim, per_class)[1]
-            print_line(name, seconds, memory, f"{seconds / bare:5.2f} x   bar 1.3 x, 1 GB")
+        runs = {name: alone(name, args.rows, args.dim, per_class) for name in RETRIEVAL if name != "peer"}
+        for name, run in runs.items():
+            note = f"{run.processor / runs['bare product'].processor:5.2f} x of the product's processor time"
+            print_line(name, run, note)
+        ratio = times["recall@k and MAP@R"] / times["bare product"]
+        print(
+            f"in turns: {times['bare product']:.2f} s and {times['recall@k and MAP@R']:.2f} s, {ratio:.2f} x; bar 1.3 x"
+        )
         print(f"recall@1 {np.mean(found.first_rank == 1):.4f}, MAP@R {np.mean(found.precision_at_r):.4f}")
-        for name in ("+ precision@10", "+ vote of 10", "+ full mAP"):
-            seconds, memory = alone(name, args.rows, args.dim, per_class)
-            print_line(name, seconds, memory, f"{seconds / bare:5.2f} x")
         beside_peer(args, per_class)
 
 
@@ -159,23 +168,20 @@ def beside_peer(args: argparse.Namespace, per_class: int) -> None:
     figures = (np.mean(ours.first_rank == 1), np.mean(ours.precision_at_r))
     np.testing.assert_allclose(figures, [theirs["precision_at_1"], theirs["mean_average_precision_at_r"]], rtol=1e-4)
     print(f"beside pytorch-metric-learning, {args.peer_rows:,} rows")
-    runs = {
-        name: [alone(name, args.peer_rows, args.dim, per_class) for _ in range(args.repeats)]
-        for name in ("bare product", "recall@k and MAP@R", "peer")
-    }
-    ours_seconds = statistics.median(seconds for seconds, _ in runs["recall@k and MAP@R"])
-    for name, values in runs.items():
-        seconds, memory = (statistics.median(column) for column in zip(*values, strict=True))
-        print_line(name, seconds, memory, f"{seconds / ours_seconds:5.2f} x ours")
+    names = ("bare product", "recall@k and MAP@R", "peer")
+    rounds = [{name: alone(name, args.peer_rows, args.dim, per_class) for name in names} for _ in range(args.repeats)]
+    medians = {name: Run(*map(statistics.median, zip(*(turn[name] for turn in rounds), strict=True))) for name in names}
+    for name, run in medians.items():
+        print_line(name, run, f"{run.seconds / medians['recall@k and MAP@R'].seconds:5.2f} x ours")
 
 
 def scores(args: argparse.Namespace) -> None:
     print(f"\n{args.scores:,} scores; load {os.getloadavg()[0]:.1f}")
     for name in ("EER", "TAR@FAR"):
-        print_line(name, *alone(name, args.scores), "bar 30 s, 1 GB")
+        print_line(name, alone(name, args.scores), "bar 30 s, 1 GB")
     print(f"beside scikit-learn, {args.peer_scores:,} scores")
     for name in ("EER", "TAR@FAR", "peer"):
-        print_line(name, *alone(name, args.peer_scores))
+        print_line(name, alone(name, args.peer_scores))
 
 
 def main(arguments: list[str] | None = None) -> None:

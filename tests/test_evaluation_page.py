@@ -89,7 +89,7 @@ def test_pairs_alone_make_a_page_without_intervals():
     pairs = Pairs.from_labels(pictures(range(30)), labels)
     report = evaluate_given_pairs(TableModel(z), pairs)
     page = read(draw_evaluation_page(report))
-    assert "No intervals: they need ten known identities." in page.text
+    assert "No intervals: they need nine known identities" in page.text
     assert "Retrieval" not in page.text
     assert "0 pairs that do not match were accepted" in page.text
 
@@ -131,3 +131,27 @@ def test_plots_are_pictures_for_any_numbers():
     for picture in pictures:
         assert re.match(rb"\x89PNG", picture)
         assert len(picture) > 2000
+
+
+def test_the_page_claims_nothing_of_forgeries_where_there_are_none():
+    z, labels = clustered(120)
+    judge = verifier()
+    assert judge.calibration.against == "skilled"
+    page = read(draw_evaluation_page(evaluate_embeddings(z, labels, verifier=judge)))
+    assert "against skilled" not in page.text
+    assert "None are known here" in page.text
+    assert "that interval" not in page.text
+
+
+def test_the_page_tells_for_how_many_identities_a_rate_was_expected_and_how_many_are_judged():
+    given = signatures(writers=10)
+    report = evaluate_embeddings(given.vectors, given.labels, forgery_of=given.forgery_of, verifier=verifier())
+    page = read(draw_evaluation_page(report))
+    assert "on 12 other identities. Judged are 10, so that the measured rate cannot be compared" in page.text
+
+
+def test_the_page_tells_how_many_writers_have_enough_images_for_references():
+    given = signatures(writers=3, genuine=5)
+    report = evaluate_embeddings(given.vectors, given.labels, forgery_of=given.forgery_of)
+    page = read(draw_evaluation_page(report))
+    assert "0 of 3 writers have more than 6 genuine images" in page.text

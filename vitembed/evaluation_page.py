@@ -87,7 +87,7 @@ def draw_evaluation_page(report: EvaluationReport, *, title: str = "Evaluation",
 def _add_split(page: Page, report: EvaluationReport) -> None:
     assert report.split is not None
     for line in report.split.warnings:
-        page.add(f"<p class=alert><b>Not unseen:</b> {html.escape(_text(line))}</p>")
+        page.add(f"<p class=alert><b>Perhaps not unseen:</b> {html.escape(_text(line))}</p>")
     if not report.split.warnings:
         page.paragraph(
             f"No identity, file or near-duplicate is shared with the {report.split.train_images:,} images trained on.",
@@ -127,14 +127,22 @@ def _add_figures(page: Page, corner: str, columns: Sequence[str], rows: Mapping[
         header += [column, "95 %"] if known else [column]
     page.table(header, [[name, *(cell for one in row for cell in _cells(one, known))] for name, row in rows.items()])
     if not known:
-        page.paragraph("No intervals: they need ten known identities.", faint=True)
+        page.paragraph(
+            "No intervals: they need nine known identities, and figures that differ between draws of these.", faint=True
+        )
 
 
 def _add_signatures(page: Page, report: EvaluationReport) -> None:
     signatures = report.signatures
-    if signatures is None or not signatures.references:
+    if signatures is None:
         return
     page.heading(f"With {signatures.count} references")
+    page.paragraph(
+        f"{signatures.enrolled:,} of {signatures.writers:,} writers have more than {signatures.count} genuine images "
+        "and are judged."
+    )
+    if not signatures.references:
+        return
     rows = {
         rule: [None if kind not in one.kinds else one.kinds[kind].eer for kind in ("skilled", "random")]
         for rule, one in signatures.references.items()
@@ -177,13 +185,9 @@ def _add_decision(page: Page, report: EvaluationReport) -> None:
         "false-reject rate": decision.frr,
     }
     _add_figures(page, "", ["measured"], {name: [rate] for name, rate in rates.items() if rate is not None})
-    text = f"Its threshold, {decision.threshold:.4f}, was chosen elsewhere for a false-accept rate of "
-    text += f"{decision.far_wanted:.2%} against {decision.against} non-matching pairs."
-    if decision.far_expected is not None:
-        low, high = decision.far_expected
-        inside = "lies in" if decision.as_expected else "lies outside"
-        whom = "other identities" if decision.expected_for is None else f"{decision.expected_for:,} others"
-        text += f" It expected {low:.2%} to {high:.2%} on {whom}; the measured rate {inside} that interval."
+    text = decision.choice
+    if decision.expectation is not None:
+        text += f" {decision.expectation}"
     if decision.unsure is not None:
         text += f" It is unsure of {decision.unsure:.2%} of all pairs."
     page.paragraph(text)

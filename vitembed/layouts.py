@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from vitembed.errors import DataError
 
-GENUINE, FORGED = "genuine", "forged"  # the folders of a writer
+GENUINE, FORGED = "genuine", "forged"  # the folders of a writer, in any case
 
 
 class Names(NamedTuple):
@@ -43,13 +43,15 @@ def names_of_folders(root: Path, paths: Sequence[Path]) -> Names:
     if None not in writers:
         return names_of_signatures(root, paths)
     stray = paths[writers.index(None)]
-    kinds = {(writer, path.parent.name) for writer, path in zip(writers, paths, strict=True) if writer is not None}
+    kinds = {(writer, _kind_of(path)) for writer, path in zip(writers, paths, strict=True) if writer is not None}
     if any((writer, GENUINE) in kinds and (writer, FORGED) in kinds for writer, _ in kinds):
         raise DataError(
             f"{stray} lies in no {root}/WRITER/{GENUINE} or {FORGED}, as others do; move it away, or rename these "
             "folders if they hold no forgeries"
         )
     names = [path.parent.relative_to(root).as_posix() for path in paths]
+    if {name.casefold() for name in names} == {GENUINE, FORGED}:
+        raise DataError(f"{root} is the folder of one writer; name the folder above it")
     if "." in names:
         loose = paths[names.index(".")]
         raise DataError(f"{loose} lies in no class; expected {root}/CLASS/IMAGE: make one folder a class")
@@ -67,7 +69,7 @@ def names_of_signatures(root: Path, paths: Sequence[Path]) -> Names:
         writer = _writer_of(path, root)
         if writer is None:
             raise DataError(f"{path} lies in no {root}/WRITER/{GENUINE} and in no {root}/WRITER/{FORGED}")
-        is_forged = path.parent.name == FORGED
+        is_forged = _kind_of(path) == FORGED
         names.classes.append(name_forgery(writer, path.name) if is_forged else writer)
         names.forgery_of.append(writer if is_forged else None)
     return names
@@ -76,6 +78,10 @@ def names_of_signatures(root: Path, paths: Sequence[Path]) -> Names:
 def _writer_of(path: Path, root: Path) -> str | None:
     """Return the WRITER of root/WRITER/genuine/x.png or root/WRITER/forged/x.png; None for an image elsewhere."""
     folder = path.parent
-    if folder.name not in (GENUINE, FORGED) or folder in (root, root / folder.name):
+    if _kind_of(path) not in (GENUINE, FORGED) or folder in (root, root / folder.name):
         return None
     return folder.parent.relative_to(root).as_posix()
+
+
+def _kind_of(path: Path) -> str:
+    return path.parent.name.casefold()

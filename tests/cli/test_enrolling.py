@@ -191,3 +191,23 @@ def test_another_model_is_refused(cli: Runner, enrolled: Path, office: Path, tmp
     document = json.loads(enrolled.read_text()) | {"fingerprint": "sha256:other"}
     enrolled.write_text(json.dumps(document))
     assert "holds embeddings of the model" in line(cli("enroll", "--list", "--verifier", enrolled))
+
+
+def test_a_forgotten_name_is_told(cli: Runner, desk: Path, office: Path) -> None:
+    outcome = cli("enroll", *people(office, 0), "--verifier", desk / "v.verifier")
+    assert outcome.status == 2
+    assert "is an image; name the identity first" in outcome.err
+
+
+def test_rates_of_pairs_are_not_said_of_references(cli: Runner, desk: Path, office: Path) -> None:
+    verifier = desk / "v.verifier"
+    Verifier.load(verifier).with_references(None).save(verifier)
+    assert cli("enroll", "alice", *people(office, 0), "--verifier", verifier).status == 0
+    image = office / "people/p00/4.png"
+    said = cli("verify", "--identity", "alice", image, "--verifier", verifier, "--html", desk / "page.html")
+    assert "how often such a decision errs is not known" in said.out
+    assert "of 1,000" not in said.out
+    page = (desk / "page.html").read_text(encoding="utf-8")
+    assert "How often such a decision errs is not known" in page
+    assert "of 1,000" not in page
+    assert "of strangers" not in cli("identify", image, "--verifier", verifier).out

@@ -84,7 +84,7 @@ def test_signatures_are_measured_by_pairs_and_by_references(cli: Runner, world: 
     assert set(outcome.json["signatures"]["references"]["rules"]) == {"mean", "max"}
     text = cli("evaluate", world / "model", signed).out
     assert "eer skilled" in text
-    assert "verification with 6 references, score by max" in text
+    assert "verification with 6 references, score by max (3 of 3 writers have more images)" in text
 
 
 def test_a_verifier_is_judged(cli: Runner, world: Path, tmp_path: Path) -> None:
@@ -98,6 +98,10 @@ def test_a_verifier_is_judged(cli: Runner, world: Path, tmp_path: Path) -> None:
         f"at its threshold {threshold:.4f}"
         in cli("evaluate", world / "model", world / "data", "--verifier", verifier).out
     )
+    ten = draw(tmp_path / "ten", classes=10, per_class=4)
+    assert cli("calibrate", world / "model", ten, "--out", verifier, "--far", 0.1).status == 0
+    fewer = cli("evaluate", world / "model", world / "data", "--verifier", verifier).out
+    assert "on 10 other identities. Judged are 8, so that the measured rate cannot be compared" in fewer
     missing = cli("evaluate", world / "model", world / "data", "--verifier", tmp_path / "none")
     assert (missing.status, "no verifier at" in missing.err) == (2, True)
 
@@ -137,3 +141,12 @@ def test_bad_options_are_one_line(cli: Runner, world: Path, options: list[str], 
     assert (outcome.status, outcome.out) == (2, "")
     [line] = [line for line in outcome.err.splitlines() if line.startswith("vitembed: error: ")]
     assert message in line
+
+
+def test_a_gallery_that_holds_the_queries_or_forgeries_is_refused(cli: Runner, world: Path, signed: Path) -> None:
+    outcome = cli("evaluate", world / "model", world / "data", "--gallery", world / "data")
+    assert outcome.status == 2
+    assert "are in the gallery too" in outcome.err
+    outcome = cli("evaluate", world / "model", world / "data", "--gallery", signed)
+    assert outcome.status == 2
+    assert "--gallery is for identities without forgeries" in outcome.err

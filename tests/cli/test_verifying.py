@@ -5,9 +5,13 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from tests.conftest import Outcome, Runner
+from tests.conftest import Outcome, Runner, draw
+from vitembed.embedder import Embedder
+from vitembed.preprocess import Preprocess
 from vitembed.verify import Logistic, Verifier
 from vitembed.verify.words import HEADLINES, Terms, how_often_it_errs
 
@@ -95,7 +99,7 @@ def test_each_verdict_has_its_exit_status_and_its_sentences(
     path = moved(verifier, tmp_path / "v.json", score, verdict)
     outcome = cli("verify", a, b, "--verifier", path, "--json")
     assert (outcome.status, outcome.json["verdict"], outcome.json["match"]) == (status, verdict, verdict == "match")
-    assert outcome.json["notes"] == []
+    assert all("The ink is only 12 pixels high" in note for note in outcome.json["notes"])
     said = cli("verify", a, b, "--verifier", path)
     assert said.status == status
     first, *others = said.out.splitlines()
@@ -113,11 +117,10 @@ def test_the_same_image_twice_is_told(cli: Runner, world: Path, verifier: Path, 
     image = world / "data" / "class0" / "0.png"
     (tmp_path / "copy.png").write_bytes(image.read_bytes())
     for other in (image, tmp_path / "copy.png"):
-        assert "warning: both images are the same file" in cli("verify", image, other, "--verifier", verifier).err
-        assert cli("verify", image, other, "--verifier", verifier, "--json").json["notes"] == [
-            "both images are the same file"
-        ]
-    assert cli("verify", image, image.with_name("1.png"), "--verifier", verifier).err == ""
+        command = ["verify", image, other, "--verifier", verifier]
+        assert "warning: both images are the same file, or copies of it" in cli(*command).err
+        assert cli(*command, "--json").json["notes"][0] == "both images are the same file, or copies of it"
+    assert "same" not in cli("verify", image, image.with_name("1.png"), "--verifier", verifier).err
 
 
 def test_a_page_of_the_decision_is_written(cli: Runner, world: Path, verifier: Path, tmp_path: Path) -> None:
@@ -159,3 +162,39 @@ def test_a_nearly_certain_answer_is_not_said_to_be_certain(
         dataclasses.replace(loaded, calibration=sure).save(tmp_path / "v.json")
         said = cli("verify", image, other, "--verifier", tmp_path / "v.json").out
         assert f"equally likely beforehand, the probability of a match is {words}" in said
+
+
+def test_a_table_that_pairs_a_file_with_itself_is_warned_of(cli: Runner, world: Path, tmp_path: Path) -> None:
+    rows = ["left,right,match"]
+    for label in range(8):
+        for number in range(1, 8):
+            rows.append(f"{world}/data/class{label}/0.png,{world}/data/class{label}/{number}.png,1")
+            rows.append(f"{world}/data/class{label}/0.png,{world}/data/class{(label + 1) % 8}/{number}.png,0")
+    rows.append(f"{world}/data/class0/0.png,{world}/data/class0/0.png,1")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    warned = "1 of 113 pairs are of one file with itself"
+    command = ["calibrate", world / "model", tmp_path / "pairs.csv", "--out", tmp_path / "v", "--far", 0.1]
+    assert warned in cli(*command).err
+    assert warned in cli("evaluate", world / "model", tmp_path / "pairs.csv").err
+
+
+def test_a_blank_page_is_refused_by_a_model_of_ink(cli: Runner, tmp_path: Path) -> None:
+    model = Embedder.create("N/8", preprocess=Preprocess.grey((32, 32), scan=True), stem="conv", device="cpu")
+    model.save_pretrained(tmp_path / "model")
+    pages = [tmp_path / "blank.png", tmp_path / "other.png"]
+    for page in pages:
+        Image.new("L", (64, 64), 255).save(page)
+    scores, flags = np.r_[np.linspace(0.5, 1, 50), np.linspace(-1, 0.4, 50)], np.arange(100) < 50
+    made = Verifier.calibrate(scores, flags, 0.1, fingerprint=model.fingerprint, location=str(tmp_path / "model"))
+    made.save(tmp_path / "v")
+    for extra in ([], ["--json"]):
+        line = error(cli("verify", *pages, "--verifier", tmp_path / "v", *extra))
+        assert "blank.png: is blank: no ink can be told from its ground" in line
+
+
+def test_intervals_are_for_as_many_identities_as_are_asked_for(cli: Runner, tmp_path: Path, world: Path) -> None:
+    data = draw(tmp_path / "ten", classes=10, per_class=4)
+    command = ["calibrate", world / "model", data, "--out", tmp_path / "v.json", "--far", 0.1, "--enrolled", 0]
+    assert cli(*command, "--json").json["interval_identities"] == 10
+    assert cli(*command, "--test-identities", 5, "--json").json["interval_identities"] == 5
+    assert "--test-identities" in error(cli(*command, "--test-identities", 0))

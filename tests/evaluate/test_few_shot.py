@@ -41,3 +41,9 @@ def test_tasks_are_parsed_and_out_of_range_refused():
     z, labels = clustered(24)
     with pytest.raises(DataError):
         evaluate_few_shot(z, labels, Task(13, 1))
+
+
+def test_an_accuracy_without_an_error_has_no_interval():
+    z, labels = np.eye(12)[np.arange(48) % 12], np.arange(48) % 12
+    accuracy = evaluate_few_shot(z, labels, Task(5, 1), episodes=20).accuracy
+    assert (accuracy.value, accuracy.interval) == (1.0, None)

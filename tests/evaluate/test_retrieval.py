@@ -56,3 +56,10 @@ def test_figures_that_would_take_long_are_left_out_of_large_sets(monkeypatch):
     assert not {"map", "nmi"} & set(report.to_dict())
     assert not {"mAP", "NMI"} & set(report.definitions)
     assert report.map_at_r == metrics.map_at_r(z, labels)
+
+
+def test_figures_without_an_error_have_no_interval():
+    z, labels = np.eye(12)[np.arange(48) % 12], np.arange(48) % 12
+    found = evaluate_retrieval(z, labels).figures
+    assert (found["recall@1"].value, found["recall@1"].interval) == (1.0, None)
+    assert (found["map@r"].value, found["map@r"].interval) == (1.0, None)

@@ -6,6 +6,7 @@ import pytest
 from vitembed import metrics
 from vitembed.errors import ConfigError, DataError
 from vitembed.evaluate import Signatures, evaluate_embeddings, evaluate_signatures, signature_pairs
+from vitembed.verify import Verifier
 from vitembed.verify.references import fit_references
 
 
@@ -85,6 +86,15 @@ def test_a_verifiers_rule_for_references_is_judged_beside_mean_and_maximum():
     references = fit_references(fitted.vectors, fitted.labels, fitted.forgery_of, count=5, far=0.1, rule="centre")
     report = evaluate_signatures(given, references=references, count=5, draws=2, rounds=5)
     assert list(report.references) == ["mean", "max", "centre"]
+    assert evaluate_signatures(given, references=references, draws=1, rounds=5).count == 5, "as it was fitted for"
+    assert evaluate_signatures(given, draws=1, rounds=5).count == 6
+    whole = evaluate_embeddings(
+        given.vectors,
+        given.labels,
+        forgery_of=given.forgery_of,
+        verifier=Verifier(references.calibration, references=references),
+    )
+    assert whole.signatures.count == 5
     assert report.references["centre"].decision.threshold == references.calibration.threshold
     assert report.references["mean"].decision is None
 
@@ -92,6 +102,19 @@ def test_a_verifiers_rule_for_references_is_judged_beside_mean_and_maximum():
 def test_writers_with_few_images_are_left_out_of_references():
     report = evaluate_signatures(signatures(writers=3, genuine=4), count=6, rounds=5)
     assert report.references == {}
+    assert (report.writers, report.enrolled) == (3, 0)
+
+
+def test_it_is_told_how_many_writers_have_enough_images_for_references():
+    given = signatures(writers=12)
+    scarce = (given.labels < 4) & (np.arange(len(given.labels)) % 14 >= 6)  # leaves these writers six genuine images
+    kept = ~(scarce & (given.forgery_of < 0))
+    fewer = Signatures(given.vectors[kept], given.labels[kept], given.forgery_of[kept], given.writers)
+    report = evaluate_signatures(fewer, draws=2, rounds=5)
+    assert (report.writers, report.enrolled) == (12, 8)
+    assert report.to_dict()["references"]["enrolled"] == 8
+    assert "(8 of 12 writers; the others are not judged here)" in report.references["mean"].protocol
+    assert len({one.identity for one in report.references["mean"].identities if one.matches}) == 8
 
 
 def test_an_evaluation_with_forgeries_follows_the_protocols():

@@ -44,7 +44,10 @@ def test_near_duplicates_are_found_whatever_the_scale_of_the_models_scores():
         [found] = report.near_duplicates
         assert (found.test, found.train) == ("image 7", "image 31")
         assert found.score > report.score
-        assert "1 near-duplicate is on both sides of the split: image 7 ~ image 31 (1.000)" in report.warnings
+        assert (
+            "1 pair of images that look alike to the model is on both sides of the split: image 7 ~ image 31 (1.000)"
+            in report.warnings
+        )
 
 
 def test_a_given_score_is_kept_to():

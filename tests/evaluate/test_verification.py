@@ -1,11 +1,20 @@
 """Verification figures: kinds apart, intervals over identities, a verifier's decisions and its probabilities."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from vitembed import metrics
 from vitembed.errors import DataError
-from vitembed.evaluate import EvaluatedPairs, evaluate_pairs, evaluate_verification, identity_errors, worst_mistakes
+from vitembed.evaluate import (
+    EvaluatedPairs,
+    Figure,
+    evaluate_pairs,
+    evaluate_verification,
+    identity_errors,
+    worst_mistakes,
+)
 from vitembed.evaluate.scored import score_pairs
 from vitembed.verify import calibrate
 
@@ -166,3 +175,98 @@ def test_scores_of_pairs_do_not_depend_on_the_other_pairs():
     assert whole[:7].tolist() == score_pairs(z, left[:7], right[:7]).tolist()
     assert np.all(np.abs(whole) <= 1)
     assert score_pairs(z, [3], [3])[0] == pytest.approx(1, abs=1e-6)
+
+
+def judged_by(calibration, scores, match, identities=None, skilled=None):
+    """Return what a verifier's threshold does with pairs."""
+    pairs = EvaluatedPairs.named(scores, match, identities, skilled)
+    return evaluate_pairs(pairs, calibration=calibration, rounds=20).decision
+
+
+def test_nothing_is_expected_of_a_kind_of_pair_that_the_threshold_was_not_chosen_against():
+    scores, match, identities, skilled = signature_like(seed=2)
+    against = {
+        kind: calibrate(scores, match, 0.05, identities=identities, skilled=skilled, against=kind)
+        for kind in ("skilled", "random")
+    }
+    assert against["skilled"].far_interval is not None
+    easy = match | ~skilled
+    decision = judged_by(against["skilled"], scores[easy], match[easy], identities[easy], skilled[easy])
+    assert (decision.against, decision.chosen_against) == ("all", "skilled")
+    assert (decision.far_expected, decision.expected_for, decision.as_expected) == (None, None, None)
+    assert decision.expectation is None
+    assert "against skilled" not in decision.choice
+    assert "of skilled forgeries. None are known here" in decision.choice
+    random = judged_by(against["random"], scores[easy], match[easy], identities[easy])  # kinds are not told apart
+    assert (random.against, random.far_expected) == ("random", against["random"].far_interval)
+    forged = match | skilled
+    none = judged_by(against["random"], scores[forged], match[forged], identities[forged], skilled[forged])
+    assert (none.against, none.far_expected) == ("all", None)
+    assert "of random pairs. None are known here" in none.choice
+
+
+def test_fewer_identities_than_the_interval_is_for_are_not_compared_with_it():
+    scores, match, identities, skilled = signature_like(identities=14, seed=2)
+    fitted = {
+        others: calibrate(
+            scores, match, 0.05, identities=identities, skilled=skilled, against="random", test_identities=others
+        )
+        for others in (None, 10)
+    }
+    fewer = signature_like(identities=10, seed=9)
+    decision = judged_by(fitted[None], *fewer)
+    assert (decision.expected_for, decision.judged, decision.as_expected) == (14, 10, None)
+    assert "on 14 other identities. Judged are 10, so that" in decision.expectation
+    document = decision.to_dict()
+    assert (document["expected_for"], document["judged"], document["as_expected"]) == (14, 10, None)
+    asked = judged_by(fitted[10], *fewer)
+    assert asked.as_expected in (True, False)
+    assert "on 10 other identities; the measured rate, of 10 identities, lies" in asked.expectation
+    unknown = judged_by(fitted[10], fewer[0], fewer[1], None, fewer[3])
+    assert (unknown.judged, unknown.as_expected) == (None, None)
+    assert "Judged are an unknown number" in unknown.expectation
+    far_off = dataclasses.replace(decision, far=Figure(0.9), expected_for=10)
+    assert far_off.as_expected is False
+    assert "lies outside" in far_off.expectation
+
+
+def test_a_rate_without_an_error_has_the_interval_of_the_pairs_that_were_seen():
+    scores, match, identities, skilled = signature_like(seed=2)
+    parted = np.where(match, scores + 5, scores)
+    decision = judged_by(calibrate(parted, match, 0.05, identities=identities), parted, match, identities, skilled)
+    assert decision.frr == Figure(0.0, metrics.wilson_interval(0, 140))
+    assert decision.frr.interval[1] > 0.02
+    hard = judged_by(calibrate(scores, match, 0.05, identities=identities), scores, match, identities, skilled)
+    wrong, seen = int(np.sum(~(scores >= hard.threshold) & match)), int(match.sum())
+    low, high = metrics.wilson_interval(wrong, seen)
+    assert hard.frr.interval[0] <= low < high <= hard.frr.interval[1]
+
+
+def test_figures_that_no_draw_changes_have_no_interval():
+    scores, match, identities, skilled = signature_like(seed=2)
+    parted = np.where(match, scores + 5, scores)
+    report = evaluate_verification(parted, match, identities=identities, skilled=skilled, rounds=20)
+    for separation in (report.overall, *report.kinds.values()):
+        assert (separation.eer, separation.auc) == (Figure(0.0, None), Figure(1.0, None))
+        assert separation.tar_at_far[0.01] == Figure(1.0, None)
+    assert report.to_dict()["eer_interval"] is None
+    assert "every draw gives the same" in report.definitions["intervals"]
+
+
+def test_a_threshold_is_not_rounded_to_the_type_of_the_scores():
+    score = np.float32(0.7)
+    just_above = float(score) + 1e-9  # the same number in float32
+    scores = np.array([0.9, score, score, 0.1], dtype=np.float32)
+    match = np.array([True, True, False, False])
+    pairs = EvaluatedPairs.named(scores, match, [["a", "a"], ["b", "b"], ["a", "b"], ["a", "b"]])
+    assert pairs.scores.dtype == np.float32
+    assert pairs.at_least(just_above).tolist() == [True, False, False, False]
+    assert pairs.at_least(float(score)).tolist() == [True, True, True, False]
+    found = worst_mistakes(pairs, just_above)
+    assert (found.false_accepts, found.false_rejects) == ((), (1,))
+    assert {one.identity: one.frr for one in identity_errors(pairs, just_above)} == {"a": 0.0, "b": 1.0}
+    many, flags = np.tile(scores, 100), np.tile(match, 100)
+    fitted = calibrate(many, flags, 0.05, frr=0.4)
+    moved = dataclasses.replace(fitted, threshold=just_above, reject_below=just_above - 1e-12)
+    decision = judged_by(moved, many, flags)
+    assert (decision.far.value, decision.frr.value, decision.unsure) == (0.0, 0.5, 0.0)

@@ -1,5 +1,8 @@
 """Structures: the recall that was promised, new and removed entries, damage, and when exact search is better."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -199,3 +202,19 @@ def test_a_recall_of_one_is_exact_whatever_was_measured(index):
     chosen = index.optimize(0.5, kind="ivf")
     assert chosen.effort(1.0) is None
     assert recall(index, set(range(2_500)), recall=1.0) == 1.0
+
+
+def test_a_structure_is_searched_beside_faiss_for_torch(tmp_path):
+    # pytorch-metric-learning imports it, and it replaces FAISS's own search.
+    code = """
+import sys, numpy as np, faiss.contrib.torch_utils
+from vitembed.index import Index
+rows = np.random.default_rng(0).standard_normal((2000, 16)).astype(np.float32)
+rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+with Index.create(sys.argv[1], 16) as index:
+    index.add([str(row) for row in range(2000)], rows)
+    assert index.optimize(0.9, kind="hnsw").file is not None
+    assert [hits[0].id for hits in index.search(rows[:3], k=5)] == ["0", "1", "2"]
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

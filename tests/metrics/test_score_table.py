@@ -78,6 +78,14 @@ def eer_by_sorting(scores, is_match):
     return far + share * (far_upper - far), threshold
 
 
+def test_the_accepts_that_a_rate_allows_never_exceed_it_by_the_last_bit():
+    for others in range(1, 60):
+        for k in range(others):
+            for far in (k / others, np.nextafter(k / others, 0), np.nextafter(k / others, 1)):
+                expected = max(n for n in range(others) if n / others <= far)
+                assert score_table.allowed_accepts(float(far), others) == expected
+
+
 def threshold_by_sorting(others, far):
     allowed = max(k for k in range(others.size) if k / others.size <= far)
     with np.errstate(over="ignore"):  # the float after the largest is infinity

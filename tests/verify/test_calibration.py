@@ -164,6 +164,28 @@ def test_few_identities_give_no_interval_and_say_so():
     assert "no intervals, as there are too few identities" in found.protocol
 
 
+def test_forgeries_of_few_of_many_identities_give_no_interval_and_say_so():
+    scores, is_match, who, skilled = signatures(30)
+    kept = ~skilled | (who[:, 0] < 2)
+    found = calibrate(scores[kept], is_match[kept], 0.1, identities=who[kept], skilled=skilled[kept])
+    assert (found.identities, found.skilled, found.against) == (30, 40, "skilled")
+    assert (found.far_interval, found.frr_interval, found.far_random_interval) == (None, None, None)
+    assert found.interval_identities is None
+    assert "no intervals, as there are too few identities with skilled non-matching pairs" in found.protocol
+    random = calibrate(scores[kept], is_match[kept], 0.1, identities=who[kept], skilled=skilled[kept], against="random")
+    assert (random.far_skilled_interval, random.interval_identities) == (None, 30)
+    assert random.far_interval == random.far_random_interval is not None
+
+
+def test_a_single_identity_to_come_has_no_random_pair_and_so_no_interval_of_their_rate():
+    scores, is_match, who, _ = signatures(20)
+    random = is_match | (who[:, 0] != who[:, 1])
+    found = calibrate(scores[random], is_match[random], 0.05, identities=who[random], test_identities=1)
+    assert found.far_interval is None
+    assert found.frr_interval is not None
+    assert "; none of the false-accept rate, as too few of 1 other identities would have non-matching" in found.protocol
+
+
 @pytest.mark.parametrize("settings", [{}, {"frr": 0.05, "curve": "isotonic", "prior": 0.2}])
 @pytest.mark.parametrize("writers", [9, 12])
 def test_a_calibration_comes_back_from_json_to_the_last_bit(settings, writers):

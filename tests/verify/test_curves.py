@@ -32,9 +32,9 @@ def test_probability_never_falls_and_stays_within_zero_and_one(curve):
     p = curve(np.linspace(-2, 2, 401).reshape(1, 401))
     assert p.shape == (1, 401)
     assert np.all(np.diff(p[0]) >= 0)
-    assert p.min() >= 0
-    assert p.max() <= 1
-    assert np.all(np.isfinite(curve([1e300, -1e300])))
+    far = curve([-1e300, 1e300])
+    assert 0 < far[0] <= p.min()
+    assert p.max() <= far[1] < 1
 
 
 @pytest.mark.parametrize("curve", CURVES, ids=lambda curve: curve.kind)
@@ -44,6 +44,15 @@ def test_a_prior_moves_a_curve_by_bayes_rule(curve, prior):
     ratio = np.exp(curve.log_ratio(scores))
     moved = type(curve)(**{**curve.__dict__, "prior": prior})
     assert moved(scores) == pytest.approx(ratio * prior / (ratio * prior + 1 - prior))
+
+
+@pytest.mark.parametrize("prior", [1e-300, 1e-17, 1e-13, 0.3, 1 - 2**-53])
+def test_a_prior_however_small_is_the_probability_where_the_score_says_nothing(prior):
+    curve = LikelihoodRatio((-1.0, 1.0), (-40.0, 40.0), prior)
+    assert float(curve(0.0)) == pytest.approx(prior, rel=1e-12, abs=0)
+    p = curve(np.linspace(-1, 1, 10_001))
+    assert np.all(np.diff(p) >= 0)
+    assert 0 < p[0] < p[-1] < 1
 
 
 def test_knots_are_joined_by_straight_lines_of_the_log_ratio_and_constant_beyond():

@@ -18,9 +18,8 @@ from vitembed.errors import (
 )
 from vitembed.images import load_image
 from vitembed.index import Index
-from vitembed.verify import Enrolment, Verifier, fit_references
-from vitembed.verify import enrolment as module
-from vitembed.verify.enrolment import reads_ink
+from vitembed.verify import Enrolment, Verifier, fit_references, quality
+from vitembed.verify.quality import reads_ink
 from vitembed.verify.reference_store import content_hash
 
 DIM = 16
@@ -387,12 +386,49 @@ def test_an_index_of_something_else_is_refused(tmp_path, verifier, pictures):
     with Index.create(tmp_path / "photos", DIM, verifier.fingerprint) as index:
         index.add(["a.jpg"], TABLE[:1])
     with Enrolment.open(tmp_path / "photos", verifier) as enrolment:
-        for call in (enrolment.identities, lambda: enrolment.identify(pictures[0])):
+        enrol = lambda: enrolment.enroll("alice", pictures[:2])  # noqa: E731
+        for call in (enrolment.identities, lambda: enrolment.identify(pictures[0]), enrol):
             with pytest.raises(SearchIndexError, match=r"no references, like 'a\.jpg'"):
                 call()
+    with Index.open(tmp_path / "photos") as index:
+        assert index.ids() == ["a.jpg"]
     (tmp_path / "file").write_text("x")
     with pytest.raises(SearchIndexError):
         Enrolment.open(tmp_path / "file", verifier)
+
+
+@pytest.mark.parametrize("damage", [{"path": 5}, {"sha256": None}, {"sha256": 7}])
+def test_damaged_metadata_are_one_clear_error(tmp_path, verifier, pictures, damage):
+    with Enrolment.open(tmp_path / "people", verifier) as enrolment:
+        enrolment.enroll("alice", pictures[:2])
+    with Index.open(tmp_path / "people") as index:
+        index.annotate(index.ids()[:1], [{"identity": "alice", "sha256": "0" * 64, "path": None, **damage}])
+    with Enrolment.open(tmp_path / "people", verifier) as enrolment:
+        calls = [
+            enrolment.identities,
+            lambda: enrolment.verify("alice", pictures[5]),
+            lambda: enrolment.identify(pictures[5]),
+            lambda: enrolment.enroll("alice", pictures[6:7]),
+        ]
+        for call in calls:
+            with pytest.raises(SearchIndexError, match="holds entries that are no references"):
+                call()
+
+
+def test_who_enrols_second_joins_who_was_first(tmp_path, verifier, pictures):
+    with (
+        Enrolment.open(tmp_path / "people", verifier) as first,
+        Enrolment.open(tmp_path / "people", verifier) as second,
+    ):
+        first.enroll("alice", pictures[:2])
+        second.enroll("bob", pictures[12:14])
+        assert first.identities() == second.identities() == {"alice": 2, "bob": 2}
+    with Enrolment.open(tmp_path / "others", verifier) as first:
+        stranger = dataclasses.replace(verifier, fingerprint="sha256:" + "b" * 64, model=None)
+        with Enrolment.open(tmp_path / "others", stranger) as second:
+            first.enroll("alice", pictures[:2])
+            with pytest.raises(ModelMismatchError):
+                second._store.add("bob", ["x"], ["0" * 64], TABLE[:1])
 
 
 # The quality gate -----------------------------------------------------------------------------------------
@@ -414,7 +450,7 @@ def gate(monkeypatch):
         found = [SimpleNamespace(kind=kind, text=text, reference=n) for kind, text, n in problems]
         return SimpleNamespace(problems=tuple(found))
 
-    monkeypatch.setattr(module, "judge_quality", judge)
+    monkeypatch.setattr(quality, "judge_quality", judge)
     return asked
 
 
@@ -435,7 +471,7 @@ def test_a_blank_page_is_no_reference_and_no_question(inked, pictures):
         lambda: inked.verify("bob", pictures[0]),
         lambda: inked.identify(pictures[0]),
     ):
-        with pytest.raises(ImageError, match=r"0\.png: is blank: it shows no ink"):
+        with pytest.raises(ImageError, match=r"0\.png: is blank: no ink can be told"):
             call()
     assert inked.identities() == {"bob": 3}
 
@@ -463,6 +499,15 @@ def test_a_reference_whose_file_has_gone_still_decides(inked, pictures, gate):
     assert gate[-1][1] == [str(path) for path in pictures[62:65]]
 
 
+def test_a_reference_whose_file_now_holds_something_else_still_decides(inked, pictures, gate):
+    inked.enroll("bob", pictures[61:65])
+    pictures[61].write_text("no image any more")
+    pictures[62].write_bytes(pictures[2].read_bytes())
+    decision = inked.verify("bob", pictures[66])
+    assert len(decision.cosines) == 4
+    assert gate[-1][1] == [str(path) for path in pictures[63:65]]
+
+
 def test_photographs_are_not_judged_as_ink(enrolled, gate, pictures):
     enrolled.enroll("alice", [pictures[0], pictures[5]])
     enrolled.verify("alice", pictures[0])
@@ -480,7 +525,7 @@ def test_photographs_are_not_judged_as_ink(enrolled, gate, pictures):
     ],
 )
 def test_ink_is_what_the_preprocessing_says(preprocess, expected):
-    assert reads_ink(SimpleNamespace(preprocess=preprocess)) is expected
+    assert reads_ink(preprocess) is expected
 
 
 def test_the_hash_of_pixels_tells_shapes_and_kinds_apart():

@@ -6,7 +6,7 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
 from vitembed.errors import ConfigError, DataError, VectorError, VerifierError
-from vitembed.verify.curves import KINDS, Logistic
+from vitembed.verify.curves import KINDS, Logistic, curve_from_dict, curve_to_dict
 from vitembed.verify.fitting import (
     FITS,
     choose_curve,
@@ -108,6 +108,42 @@ def test_scores_that_a_threshold_parts_give_no_certainty(fit, scale):
     assert np.all((p > 0) & (p < 1))
     assert np.all(p[1:3] < 0.5)
     assert np.all(p[3:5] > 0.5)
+
+
+@EVERY
+def test_scores_far_apart_for_their_spread_give_no_certainty(fit):
+    rng = np.random.default_rng(0)
+    is_match = np.arange(400) < 200
+    p = fit(np.where(is_match, 0.52, 0.5) + 0.001 * rng.normal(size=400), is_match)([-1, 0.5, 0.52, 1])
+    assert np.all((p > 0) & (p < 1))
+    assert np.all(np.diff(p) >= 0)
+
+
+@EVERY
+@pytest.mark.parametrize("base", [1 - 2**-53, 0.7, 0.1, -0.3, 1e-300, 1e5])
+def test_scores_a_few_ulp_apart_give_a_curve_that_rises_and_loads_again_or_are_refused(fit, base):
+    rng = np.random.default_rng(0)
+    fitted = 0
+    for _ in range(60):
+        steps = rng.integers(0, rng.choice([1, 2, 3, 6]), size=rng.integers(6, 40))
+        is_match = rng.permutation(steps.size) < rng.integers(2, steps.size - 1)
+        scores = base - steps * np.spacing(abs(base))
+        above = float(np.mean(steps[~is_match])) - float(np.mean(steps[is_match]))
+        if above < 1e-9 or base == 1e-300:
+            with pytest.raises(VerifierError, match="do not score higher"):
+                fit(scores, is_match)
+            continue
+        curve = fit(scores, is_match)
+        assert np.all(np.diff(curve(np.sort(scores))) >= 0)
+        assert curve_from_dict(curve_to_dict(curve)) == curve
+        fitted += 1
+    assert fitted > 15 or base == 1e-300
+
+
+def test_a_line_that_does_not_rise_is_refused():
+    # Higher by less than the fit looks at.
+    with pytest.raises(VerifierError, match="cannot tell them apart"):
+        fit_logistic([0, 1, 1e-11, 1 + 1e-11], [False, False, True, True])
 
 
 @EVERY

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vitembed.errors import DataError, VerifierError
+from vitembed.errors import ConfigError, DataError, VerifierError
 from vitembed.verify import Pairs, Verifier, fit_labelled, fit_references
 
 IDENTITIES, EACH, DIM = 15, 12, 16
@@ -72,3 +72,21 @@ def test_what_pairs_cannot_support_is_an_error(model):
         fit_labelled(model, IMAGES, LABELS, far=1e-5)
     with pytest.raises(DataError, match="expected one label an image"):
         fit_labelled(model, IMAGES, LABELS[1:])
+
+
+def test_the_intervals_are_for_as_many_identities_as_are_asked_for(model):
+    verifier, _ = fit_labelled(model, IMAGES, LABELS, far=0.05, count=0, test_identities=9)
+    assert verifier.calibration.interval_identities == 9
+    assert (
+        verifier.calibration
+        == Verifier.fit(model, Pairs.from_labels(IMAGES, LABELS), 0.05, test_identities=9).calibration
+    )
+    with pytest.raises(ConfigError, match="test_identities must be at least 1"):
+        fit_labelled(model, IMAGES, LABELS, far=0.05, test_identities=0)
+
+
+@pytest.mark.parametrize("wrong", [{"far": 2.0}, {"far": 1e-5}, {"curve": "foo"}, {"prior": 3.0}, {"against": "none"}])
+def test_nothing_is_embedded_for_settings_that_cannot_be(model, wrong):
+    with pytest.raises((ConfigError, VerifierError)):
+        fit_labelled(model, IMAGES, LABELS, **wrong)
+    assert model.asked == []

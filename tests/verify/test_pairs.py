@@ -283,3 +283,19 @@ def test_skilled_must_fit_and_match_nothing():
         Pairs(images, images, np.array([True, False]), skilled=np.array([True, False]))
     pairs = Pairs(images, images, np.array([True, False]), skilled=np.array([False, True]))
     assert not pairs.skilled.flags.writeable
+
+
+def test_one_pair_with_both_labels_is_refused_and_one_file_twice_is_counted(table):
+    rows = "left,right,match\na.png,sub/b.png,1\na.png,a.png,1\n"
+    assert Pairs.from_csv(table(rows)).one_sided == 1
+    with pytest.raises(DataError, match=r"line 4: sub/b\.png and a\.png match in one line and not in another"):
+        Pairs.from_csv(table(rows + "sub/b.png,a.png,0\n"))
+    image = np.zeros((2, 2), np.uint8)
+    assert Pairs([image], [image], np.array([True])).one_sided == 0
+
+
+def test_the_layout_of_signatures_is_known_in_any_case_and_one_writer_alone_is_refused(tmp_path):
+    save_images(tmp_path, [name.replace("genuine", "Genuine").replace("forged", "FORGED") for name in SIGNATURES])
+    assert int(Pairs.from_folder(tmp_path).skilled.sum()) == 4 * 4
+    with pytest.raises(DataError, match="is the folder of one writer; name the folder above it"):
+        Pairs.from_folder(tmp_path / "ann")

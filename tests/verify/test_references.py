@@ -164,6 +164,20 @@ def test_without_forgeries_random_non_matches_decide():
     assert named == found
 
 
+def test_forgeries_of_one_identity_leave_the_choice_to_random_non_matches():
+    vectors, labels, imitated = signatures(writers=12, forged=60, vary=0.5)
+    kept = imitated <= 0
+    data = vectors[kept], labels[kept], imitated[kept]
+    found = fit_references(*data, far=0.05)
+    assert (found.calibration.against, found.calibration.skilled) == ("skilled", 60)
+    assert "chosen on random non-matches, as the forgeries imitate one identity alone" in found.protocol
+    assert "chosen on random" not in fit_references(vectors, labels, imitated, far=0.05).protocol
+    trials = trials_of(data)
+    others = module._deciding(trials)
+    np.testing.assert_array_equal(others, ~trials.is_match & ~trials.skilled)
+    assert module._half_total_errors(trials.evidence.mean, trials, others).shape == (12,)
+
+
 def test_a_single_reference_leaves_nothing_to_choose():
     found = fit_references(*signatures(), far=0.05, count=1)
     assert (found.rule, list(found.figures)) == (Mean(), ["mean"])
@@ -193,6 +207,16 @@ def test_stricter_rates_have_higher_thresholds_as_far_as_the_data_reach(fitted):
         rate, threshold = fitted.threshold_for(far)
         assert rate == next((known for known in rates if known <= far), rates[-1])
         assert threshold >= fitted.calibration.threshold
+
+
+def test_a_rate_that_random_non_matches_are_too_few_for_is_not_said_to_be_kept():
+    # Three writers with seven images: 42 random non-matches, of the 60 that the rate needs; forgeries are enough.
+    found = fit_references(*signatures(writers=3, genuine=7, forged=20), far=0.05)
+    assert (found.calibration.random, found.calibration.skilled) == (42, 60)
+    assert [rate for rate, _ in found.thresholds] == [3 / 42]
+    assert found.threshold_for(0.05)[0] == 3 / 42
+    assert ReferenceCalibration.from_dict(found.to_dict()) == found
+    assert module._series(np.arange(60.0), 0.05)[0][0] == 0.05
 
 
 def test_what_is_saved_is_what_is_loaded(fitted):

@@ -100,6 +100,28 @@ def test_few_identities_give_no_interval():
     assert predicted_far_interval(scores, who, 0.1) is not None
 
 
+def test_identities_without_pairs_of_a_kind_do_not_count_for_its_interval():
+    # Twenty people lend random pairs, forgeries are of two of them (or of nine) alone.
+    rng = np.random.default_rng(0)
+    random, others = strangers(rng, 20)
+    for forged in (2, metrics.IDENTITIES_NEEDED):
+        scores, who = forgeries(rng, forged)
+        sides = {"random": Side.of(random, others, 20), "skilled": Side.of(scores, who, 20)}
+        known = forged >= metrics.IDENTITIES_NEEDED
+        assert list(predict_acceptance(sides, "skilled", 0.05, rounds=50)) == ["random", "skilled"] * known
+        assert list(predict_acceptance(sides, "random", 0.05, rounds=50)) == ["random"] + ["skilled"] * known
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_identities_shown_are_those_of_either_side_unless_few_meet_many(turned):
+    every = np.array(list(itertools.combinations(range(9), 2)))
+    few = np.array(list(itertools.product(range(3), range(3, 40))))
+    own = np.array([[4, 4], [7, 7], [7, 7]])
+    for codes, shown in ((every, 9), (few, 4), (own, 2), (np.concatenate([own, [[4, 7]]]), 2)):
+        side = Side.of(np.arange(len(codes)), codes[:, ::-1] if turned else codes, 40)
+        assert side.shown == shown
+
+
 def test_no_accepted_pair_does_not_make_a_rate_certain():
     # Matching and random pairs lie far below all skilled ones: no round accepts any.
     rng = np.random.default_rng(0)

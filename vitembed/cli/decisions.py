@@ -36,10 +36,14 @@ def open_verifier(path: Path, model: str | None, device: str | None) -> "tuple[V
 
 
 def judge_ink(model: "Embedder", images: Sequence[Path]) -> "list[Quality]":
-    """Return what is wrong with images as ink; an empty list where the model does not clean scans."""
-    from vitembed.verify.quality import judge_quality
+    """Return what is wrong with images as ink; an empty list where the model reads none.
 
-    return [judge_quality(image) for image in images] if model.preprocess.scan else []
+    Raises:
+        ImageError: one is blank.
+    """
+    from vitembed.verify.quality import reads_ink, require_ink
+
+    return [require_ink(image) for image in images] if reads_ink(model.preprocess) else []
 
 
 def print_decision(
@@ -49,7 +53,7 @@ def print_decision(
     quality: "Sequence[Quality]" = (),
     *,
     by: str = "",
-    of_pairs: bool = True,
+    known: bool = True,
 ) -> None:
     """Print a decision for the person who answers for it; what needs attention goes to standard error.
 
@@ -59,16 +63,19 @@ def print_decision(
         created: when that was measured.
         quality: of the images.
         by: whose references it was decided by, in words.
-        of_pairs: whether the calibration is of pairs of images.
+        known: whether the calibration is of such decisions: that of pairs says nothing of several references.
     """
     from vitembed.verify.words import Terms, how_often_it_errs, how_probable, where_it_lies
 
     for note in (*decision.notes, *(problem.text for one in quality for problem in one.problems)):
         warn(note)
-    terms = Terms.of_pairs("identities") if of_pairs else Terms.of_references("identities")
+    terms = Terms.of_references("identities") if by else Terms.of_pairs("identities")
     typer.echo(f"{decision.verdict}: {by}score {decision.score:.4f}, threshold {decision.threshold:.4f}")
     if decision.verdict == "unsure":
         typer.echo(where_it_lies(decision.verdict, decision.score, decision.threshold, calibration.reject_below))
+    if not known:
+        typer.echo("how often such a decision errs is not known; `vitembed calibrate` needs more images for that")
+        return
     typer.echo(how_probable(decision.probability, calibration.prior, decision.verdict))
     for sentence in how_often_it_errs(calibration, terms, created):
         typer.echo(sentence)

@@ -47,6 +47,8 @@ def enroll(
         raise ConfigError("--list shows everybody; leave the identity and --remove out")
     if not list_all and identity is None:
         raise ConfigError("there is nobody to enrol; name an identity and its images, or give --list")
+    if identity is not None and Path(identity).is_file():
+        raise ConfigError(f"{identity} is an image; name the identity first, then its images")
     if remove and images:
         raise ConfigError("--remove takes an identity with all of its references; leave the images out")
     if list_all or remove:
@@ -89,6 +91,7 @@ def identify(
     """
     with _open_enrolment(verifier, references, model=model, device=device, embeds=True) as enrolled:
         found = enrolled.identify(image, k)
+        known = enrolled.verifier.references is not None
     if json:
         from dataclasses import asdict
 
@@ -100,7 +103,8 @@ def identify(
     answer = {"match": f"match: {found.best}", "unsure": f"unsure: perhaps {first.identity}", "no match": "no match"}
     typer.echo(f"{answer[found.verdict]}, of {found.compared:,} enrolled; threshold {found.threshold:.4f}")
     print_table([("", each.score, each.verdict, each.identity) for each in found.candidates])
-    typer.echo(f"of strangers, at most {found.false_positive_rate:.2%} are taken for one of them")
+    if known:
+        typer.echo(f"of strangers, at most {found.false_positive_rate:.2%} are taken for one of them")
     return STATUS[found.verdict]
 
 
@@ -142,7 +146,7 @@ def verify_identity(
     else:
         many = "1 reference" if len(decision.cosines) == 1 else f"{len(decision.cosines)} references"
         by = f"{decision.identity}, by {many}, rule {decision.rule}\n"
-        print_decision(decision, calibration, loaded.created, by=by, of_pairs=calibration == loaded.calibration)
+        print_decision(decision, calibration, loaded.created, by=by, known=loaded.references is not None)
     return STATUS[decision.verdict]
 
 

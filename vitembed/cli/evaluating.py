@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vitembed.embedder import Embedder
     from vitembed.evaluate import EvaluationReport, Task
     from vitembed.training import ImageDataset
-    from vitembed.verify import Verifier
+    from vitembed.verify import Pairs, Verifier
 
 HeldOut = Annotated[
     bool, typer.Option("--held-out", help="Only the classes never trained on (they chose the best epoch).")
@@ -102,20 +102,36 @@ def _evaluate_images(
 ) -> "EvaluationReport":
     from vitembed.evaluate import evaluate_data
     from vitembed.training import ImageDataset
-    from vitembed.verify import Pairs
 
     gallery, pairs, train = others
     dataset = load_labelled(model, data, held_out)
+    searched = None if gallery is None else ImageDataset.load(gallery)
+    if searched is not None:
+        _refuse_overlap(data, dataset, searched)
     return evaluate_data(
         model,
         dataset,
-        gallery=None if gallery is None else ImageDataset.load(gallery),
-        pairs=None if pairs is None else Pairs.from_csv(pairs),
+        gallery=searched,
+        pairs=None if pairs is None else read_pairs(pairs),
         train=None if train is None else _trained_on(model, train, held_out),
         few_shot=tasks,
         near=near,
         **settings,
     )
+
+
+def _refuse_overlap(data: Path, queries: "ImageDataset", gallery: "ImageDataset") -> None:
+    """Refuse a gallery that holds the queries, which would find themselves, and forgeries, which belong to nobody."""
+    if queries.forgery_of is not None or gallery.forgery_of is not None:
+        raise ConfigError("--gallery is for identities without forgeries; name folders of genuine images")
+    files = (
+        {Path(image).resolve() for image in side.images if isinstance(image, str | Path)} for side in (queries, gallery)
+    )
+    if shared := set.intersection(*files):
+        raise ConfigError(
+            f"{len(shared)} images of {data} are in the gallery too, like {min(shared)}, and would find themselves; "
+            "name other images, or leave --gallery out to search DATA among itself"
+        )
 
 
 def _trained_on(model: "Embedder", train: Path, held_out: bool) -> "ImageDataset":
@@ -131,9 +147,18 @@ def _trained_on(model: "Embedder", train: Path, held_out: bool) -> "ImageDataset
 
 def _evaluate_pairs(model: "Embedder", data: Path, settings: _Settings) -> "EvaluationReport":
     from vitembed.evaluate import evaluate_given_pairs
+
+    return evaluate_given_pairs(model, read_pairs(data), **settings)
+
+
+def read_pairs(table: Path) -> "Pairs":
+    """Read a table of pairs, and tell if some are of one file with itself."""
     from vitembed.verify import Pairs
 
-    return evaluate_given_pairs(model, Pairs.from_csv(data), **settings)
+    pairs = Pairs.from_csv(table)
+    if pairs.one_sided:
+        warn(f"{pairs.one_sided} of {len(pairs)} pairs are of one file with itself and tell nothing; leave them out")
+    return pairs
 
 
 def is_pairs(data: Path) -> bool:

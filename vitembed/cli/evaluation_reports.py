@@ -27,8 +27,11 @@ def print_evaluation(report: "EvaluationReport") -> None:
         _section(f"few-shot, ways x shots ({report.few_shot[0].episodes:,} episodes)", rows)
     _print_verification(report.verification)
     if report.signatures is not None:
+        enrolled = f"{report.signatures.enrolled:,} of {report.signatures.writers:,} writers have more images"
+        if not report.signatures.references:
+            typer.echo(f"\nno verification with {report.signatures.count} references: {enrolled}")
         for rule, verification in report.signatures.references.items():
-            heading = f"verification with {report.signatures.count} references, score by {rule}"
+            heading = f"verification with {report.signatures.count} references, score by {rule} ({enrolled})"
             _section(heading, [_row(f"eer {kind}", one.eer) for kind, one in verification.kinds.items()])
     typer.echo("\n95 % intervals in brackets; --json says what each figure means")
 
@@ -53,10 +56,10 @@ def _print_verification(report: "VerificationReport") -> None:
             "frr": decision.frr,
         }
         rows = [_row(name, rate) for name, rate in rates.items() if rate is not None]
-        expected = decision.far_expected
-        if expected is not None:
-            rows.append(("far expected", "", f"({_percent(expected[0])} to {_percent(expected[1])})"))
         _section(f"the verifier at its threshold {decision.threshold:.4f} (wanted far {decision.far_wanted:.2%})", rows)
+        for sentence in (decision.choice, decision.expectation):
+            if sentence is not None:
+                typer.echo(sentence)
         if report.probabilities is not None:
             figures = report.probabilities.to_dict()
             _section("its probabilities", [(name, f"{value:.4f}", "") for name, value in figures.items()])

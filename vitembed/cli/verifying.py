@@ -15,7 +15,7 @@ from vitembed.cli.decisions import (
     print_decision,
 )
 from vitembed.cli.enrolling import verify_identity
-from vitembed.cli.evaluating import HeldOut, is_pairs, load_labelled
+from vitembed.cli.evaluating import HeldOut, is_pairs, load_labelled, read_pairs
 from vitembed.cli.models import MODEL, location_of, open_model
 from vitembed.cli.output import BatchSize, Device, Json, Seed, print_figures, print_json, warn
 from vitembed.errors import ConfigError
@@ -48,6 +48,10 @@ def calibrate(
         str, typer.Option(help="From score to probability: logistic, 'likelihood ratio', isotonic, or auto.")
     ] = "auto",
     prior: Annotated[float, typer.Option(help="Share of matching pairs that the probability supposes.")] = 0.5,
+    test_identities: Annotated[
+        int | None,
+        typer.Option(min=1, help="For how many identities the intervals are; as many as in DATA by default."),
+    ] = None,
     max_pairs: Annotated[
         int, typer.Option(min=2, help="Pairs to draw from a folder, half of them matching.")
     ] = 100_000,
@@ -64,9 +68,12 @@ def calibrate(
 
     Example: vitembed calibrate runs/photos photos/ --held-out --out photos.verifier --far 0.01 --frr 0.02
     """
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"{out} cannot be written: there is no folder {out.parent}; make it first")
     embedder = open_model(model, device)
     settings: dict[str, Any] = {"far": far, "frr": frr, "against": against, "prior": prior, "curve": curve}
-    settings |= {"location": location_of(model), "batch_size": batch_size, "progress": True}
+    settings |= {"test_identities": test_identities, "location": location_of(model)}
+    settings |= {"batch_size": batch_size, "progress": True}
     verifier, lacking = _fitted(embedder, data, held_out, settings, enrolled, max_pairs, seed)
     verifier.save(out)
     _warn_of_few(verifier.calibration)
@@ -140,7 +147,8 @@ def _verify_pair(
     if json:
         from dataclasses import asdict
 
-        print_json(asdict(decision))
+        texts = [problem.text for one in quality for problem in one.problems]
+        print_json({**asdict(decision), "notes": [*decision.notes, *texts]})
     else:
         print_decision(decision, verifier.calibration, verifier.created, quality)
     return STATUS[decision.verdict]
@@ -175,12 +183,12 @@ def _fitted(
     seed: int,
 ) -> "tuple[Verifier, str | None]":
     """Return the verifier for a table of pairs or for labelled images, and why it knows nothing of references."""
-    from vitembed.verify import Pairs, Verifier, fit_labelled
+    from vitembed.verify import Verifier, fit_labelled
 
     if is_pairs(data):
         if held_out:
             raise ConfigError(f"--held-out goes with a folder; {data} names its pairs itself")
-        return Verifier.fit(model, Pairs.from_csv(data), **settings), None
+        return Verifier.fit(model, read_pairs(data), **settings), None
     dataset = load_labelled(model, data, held_out)
     whom = dataset.forgery_of
     settings |= {"count": enrolled, "max_pairs": max_pairs, "seed": seed}

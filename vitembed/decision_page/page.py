@@ -137,7 +137,8 @@ def write_decision_page(
     owner = "References" if identity is None else f"References of {identity}"
     page.add(draw_pair(shown, gallery if len(shown) == 1 else "", owner))
     terms = _terms(people, identity, calibration, verifier)
-    _add_reasons(page, decision, calibration, terms, "" if verifier is None else verifier.created)
+    known = identity is None or verifier is None or verifier.references is not None
+    _add_reasons(page, decision, calibration, terms if known else None, "" if verifier is None else verifier.created)
     _add_scale(page, decision, calibration, reference_scores)
     if gallery and len(shown) > 1:
         page.heading(owner)
@@ -201,13 +202,13 @@ def _reject_below(decision: Decided, calibration: Calibration) -> float | None:
     return None if below is None or below >= decision.threshold else below
 
 
-def _add_reasons(page: Page, decision: Decided, calibration: Calibration, terms: Terms, created: str) -> None:
-    sentences = [
-        where_it_lies(decision.verdict, decision.score, decision.threshold, _reject_below(decision, calibration)),
-        *how_often_it_errs(calibration, terms, created),
-    ]
-    likely = how_probable(decision.probability, calibration.prior, decision.verdict)
-    paragraphs = [sentences[0], " ".join(sentences[1:]), likely]
+def _add_reasons(page: Page, decision: Decided, calibration: Calibration, terms: Terms | None, created: str) -> None:
+    """Say why in words; without terms the calibration is not of such decisions and says nothing of their errors."""
+    place = where_it_lies(decision.verdict, decision.score, decision.threshold, _reject_below(decision, calibration))
+    paragraphs = [place, "How often such a decision errs is not known: the verifier was calibrated for pairs alone."]
+    if terms is not None:
+        errors = " ".join(how_often_it_errs(calibration, terms, created))
+        paragraphs = [place, errors, how_probable(decision.probability, calibration.prior, decision.verdict)]
     page.add(f"<div class=reasons>{''.join(f'<p>{html.escape(text)}</p>' for text in paragraphs)}</div>")
 
 

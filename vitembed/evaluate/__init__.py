@@ -6,6 +6,7 @@ Intervals are over identities: what another draw of as many identities could hav
 among the same images); with fewer than nine there is none.
 """
 
+from vitembed.evaluate.decisions import DecisionErrors, ProbabilityErrors
 from vitembed.evaluate.evaluation import (
     EvaluationReport,
     Labelled,
@@ -23,13 +24,7 @@ from vitembed.evaluate.scored import EvaluatedPairs
 from vitembed.evaluate.separation import FARS, Separation
 from vitembed.evaluate.signatures import SignatureReport, Signatures, evaluate_signatures, signature_pairs
 from vitembed.evaluate.splits import Duplicate, Side, SplitReport, check_split
-from vitembed.evaluate.verification import (
-    DecisionErrors,
-    ProbabilityErrors,
-    VerificationReport,
-    evaluate_pairs,
-    evaluate_verification,
-)
+from vitembed.evaluate.verification import VerificationReport, evaluate_pairs, evaluate_verification
 
 __all__ = [
     "FARS",

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from vitembed import metrics
 from vitembed.errors import ConfigError
-from vitembed.evaluate.figures import Figure
+from vitembed.evaluate.figures import Figure, with_width
 
 _Z = 1.959964  # of a 95 % interval
 _TASK = re.compile(r"(\d{1,6})x(\d{1,6})")
@@ -64,7 +64,7 @@ class FewShotReport:
         task: ways and shots.
         episodes: how many were drawn.
         queries: images of each class that are classified in an episode.
-        accuracy: the mean over episodes, with its 95 % interval over these.
+        accuracy: the mean over episodes, with its 95 % interval over these; None where all give the same.
     """
 
     task: Task
@@ -130,5 +130,5 @@ def evaluate_few_shot(
     interval = None
     if accuracies.size > 1:
         half = _Z * float(np.std(accuracies, ddof=1)) / math.sqrt(accuracies.size)
-        interval = (max(0.0, mean - half), min(1.0, mean + half))
+        interval = with_width((max(0.0, mean - half), min(1.0, mean + half)))
     return FewShotReport(task, episodes, queries, Figure(mean, interval))

@@ -6,6 +6,8 @@ from typing import Any
 
 Interval = tuple[float, float]
 
+_ROUNDING = 1e-12  # the width that weighted means of equal numbers can have
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -13,11 +15,21 @@ class Figure:
 
     Attributes:
         value: what was measured.
-        interval: its 95 % interval; None where nobody knows, as with fewer than nine identities.
+        interval: its 95 % interval; None where nobody knows: with fewer than nine identities, or where each draw of
+            them gives the same number.
     """
 
     value: float
     interval: Interval | None = None
+
+
+def with_width(interval: Interval | None) -> Interval | None:
+    """Return an interval, or None where it has no width: data without an error cannot tell how rare errors are.
+
+    >>> with_width((0.1, 0.2)), with_width((0.0, 0.0))
+    ((0.1, 0.2), None)
+    """
+    return None if interval is None or interval[1] - interval[0] < _ROUNDING else interval
 
 
 def flatten(figures: Mapping[str, Figure]) -> dict[str, Any]:

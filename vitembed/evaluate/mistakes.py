@@ -77,7 +77,7 @@ def worst_mistakes(pairs: EvaluatedPairs, threshold: float, count: int = SHOWN) 
     """
     if count < 0:
         raise ConfigError(f"count must not be negative; got {count}")
-    accepted = pairs.scores >= threshold
+    accepted = pairs.at_least(threshold)
     false_accepts = np.flatnonzero(accepted & ~pairs.is_match)
     false_rejects = np.flatnonzero(~accepted & pairs.is_match)
     highest = np.argsort(-pairs.scores[false_accepts], kind="stable")[:count]
@@ -101,7 +101,7 @@ def identity_errors(pairs: EvaluatedPairs, threshold: float) -> tuple[IdentityEr
         return ()
     skilled = np.zeros(len(pairs), dtype=np.bool_) if pairs.skilled is None else pairs.skilled
     random = ~pairs.is_match & ~skilled
-    accepted = pairs.scores >= threshold
+    accepted = pairs.at_least(threshold)
     left, right = pairs.identities[:, 0], pairs.identities[:, 1]
     own = [_counts(left[chosen], accepted[chosen], len(pairs.names)) for chosen in (pairs.is_match, skilled)]
     both = np.concatenate([left[random], right[random]])

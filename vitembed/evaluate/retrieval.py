@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vitembed import metrics
-from vitembed.evaluate.figures import Figure, Interval, flatten
+from vitembed.evaluate.figures import Figure, Interval, flatten, with_width
 
 KS = (1, 5, 10)
 VOTERS = 5
@@ -30,8 +30,9 @@ class RetrievalReport:
     Attributes:
         figures: "recall@1", "recall@5", "recall@10", "map@r", "r-precision", "map", "mrr", "precision@5",
             "precision@10" and "5-nn accuracy", each in [0, 1], with its 95 % bootstrap interval over classes (None with
-            fewer than nine classes); and "nmi", without one, where there is no gallery. "map" and "nmi" are left out of
-            sets so large that they would take long: more than 20,000 images, and images times classes above 10 million.
+            fewer than nine classes, or where every draw gives the same); and "nmi", without one, where there is no
+            gallery. "map" and "nmi" are left out of sets so large that they would take long: more than 20,000 images,
+            and images times classes above 10 million.
         queries: how many images were judged: those with another image of their class to find.
         images: how many images were given to be searched for.
         classes: how many classes these have.
@@ -51,7 +52,7 @@ class RetrievalReport:
 
     @property
     def recall_at_1_interval(self) -> Interval | None:
-        """Its 95 % bootstrap interval over classes; None with fewer than nine classes."""
+        """Its 95 % bootstrap interval over classes; None as in `figures`."""
         return self.figures["recall@1"].interval
 
     @property
@@ -124,7 +125,7 @@ def evaluate_retrieval(
             seed=seed,
             weighted=True,
         )
-    figures = {name: Figure(float(np.mean(column)), intervals.get(name)) for name, column in table.items()}
+    figures = {name: Figure(float(np.mean(column)), with_width(intervals.get(name))) for name, column in table.items()}
     if gallery is None and (nmi := _clustering_score(embeddings, names, seed)) is not None:
         figures["nmi"] = Figure(nmi)
     return RetrievalReport(
@@ -165,5 +166,5 @@ _DEFINITIONS = {
     "NMI": "Normalised mutual information (arithmetic mean) of the classes with two images or more and as many "
     "clusters of spherical k-means, started by seed.",
     "retrieval intervals": "95 % bootstrap over the classes of the queries, which are searched among the same images. "
-    "None with fewer than nine classes.",
+    "None with fewer than nine classes, or where every draw gives the same figure.",
 }

@@ -140,6 +140,11 @@ class EvaluatedPairs:
         places = np.stack([taken[0][left], len(sides[0]) + taken[1][right]], axis=1)
         return cls(scores, whom[:, 0] == whom[:, 1], whom, names=_as_names(distinct), images=places)
 
+    def at_least(self, threshold: float) -> Bools:
+        """Return which pairs score at least a threshold, (P,) bool; it is not rounded to the type of the scores."""
+        flags: Bools = self.scores >= np.float64(threshold)  # numpy rounds a plain number to the array's type
+        return flags
+
     @property
     def kinds(self) -> dict[str, Bools]:
         """The pairs that do not match, (P,) bool, by kind: "random" and "skilled"; nothing without skilled ones."""

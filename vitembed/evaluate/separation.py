@@ -8,7 +8,7 @@ import numpy as np
 
 from vitembed import metrics
 from vitembed.errors import DataError
-from vitembed.evaluate.figures import Figure, Interval, flatten
+from vitembed.evaluate.figures import Figure, Interval, flatten, with_width
 from vitembed.evaluate.scored import Bools, EvaluatedPairs, Ints
 
 FARS = (0.01, 0.001)
@@ -74,9 +74,10 @@ def separate(
         rounds=rounds,
         seed=seed,
     )
-    measured = {name: Figure(value, intervals.get(name)) for name, value in _figures(whole, seen).items()}
+    told = {name: with_width(interval) for name, interval in intervals.items()}
+    measured = {name: Figure(value, told.get(name)) for name, value in _figures(whole, seen).items()}
     return Separation(
-        eer=Figure(eer, intervals.get("eer")),
+        eer=Figure(eer, told.get("eer")),
         eer_threshold=threshold,
         auc=measured["auc"],
         tar_at_far={float(far): measured.get(f"tar@far={far:g}") for far in fars},

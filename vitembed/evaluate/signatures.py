@@ -25,7 +25,8 @@ PAIRS = (
     "writer; which, is drawn by seed."
 )
 REFERENCES = (
-    "{count} genuine images of each writer are drawn by seed as references; the writer's other genuine images, the "
+    "{count} genuine images of each writer who has more ({enrolled} of {writers} writers; the others are not judged "
+    "here) are drawn by seed as references; the writer's other genuine images, the "
     "skilled forgeries of the writer and at most {random} genuine images of other writers are questioned, each judged "
     "by one score over all references. {draws} draws of references are pooled."
 )
@@ -46,6 +47,7 @@ class SignatureReport:
         genuine: how many genuine images.
         forged: how many skilled forgeries.
         count: references of a writer.
+        enrolled: how many writers have more genuine images than that, and so are judged by references.
     """
 
     pairs: VerificationReport
@@ -55,6 +57,7 @@ class SignatureReport:
     genuine: int
     forged: int
     count: int
+    enrolled: int
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON takes it; the pairs stand at the top of the whole document."""
@@ -64,6 +67,7 @@ class SignatureReport:
             "forged": self.forged,
             "references": {
                 "count": self.count,
+                "enrolled": self.enrolled,
                 "rules": {name: report.to_dict() for name, report in self.references.items()},
             },
         }
@@ -128,7 +132,7 @@ def evaluate_signatures(
     *,
     calibration: Calibration | None = None,
     references: ReferenceCalibration | None = None,
-    count: int = 6,
+    count: int | None = None,
     draws: int = 10,
     rounds: int = 100,
     seed: int = 0,
@@ -140,7 +144,7 @@ def evaluate_signatures(
         calibration: of a verifier's pairs, to be judged on the pairs.
         references: how a verifier makes one score of several references, to be judged beside the mean and the highest
             cosine.
-        count: references of a writer, at least 1.
+        count: references of a writer, at least 1; by default as many as `references` were fitted for, 6 without.
         draws: how often references are drawn; the draws are pooled.
         rounds: draws of the bootstrap intervals over writers.
         seed: of all that is drawn.
@@ -149,6 +153,8 @@ def evaluate_signatures(
         ConfigError: `count` or `draws` is below 1.
         DataError: pairs of one kind only.
     """
+    if count is None:
+        count = 6 if references is None else references.count
     if count < 1 or draws < 1:
         raise ConfigError(f"references need a count and draws of at least 1; got {count} and {draws}")
     scored = signature_pairs(signatures, seed=seed)
@@ -159,8 +165,10 @@ def evaluate_signatures(
         rules[references.rule.name], calibrations[references.rule.name] = references.rule, references.calibration
     judged = {}
     questions = _ask(signatures, count, draws, seed)
+    writers, enrolled = len(signatures.judged), 0
     if questions is not None:
-        protocol = REFERENCES.format(count=count, random=_RANDOM, draws=draws)
+        enrolled = int(np.unique(questions.identities[:, 0]).size)
+        protocol = REFERENCES.format(count=count, enrolled=enrolled, writers=writers, random=_RANDOM, draws=draws)
         for name, rule in rules.items():
             asked = questions.scored(rule, signatures.writers)
             judged[name] = evaluate_pairs(
@@ -168,7 +176,7 @@ def evaluate_signatures(
             )
     forged = int(np.count_nonzero(signatures.forgery_of >= 0))
     genuine = len(signatures.labels) - forged
-    return SignatureReport(pairs, judged, scored, len(signatures.judged), genuine, forged, count)
+    return SignatureReport(pairs, judged, scored, writers, genuine, forged, count, enrolled)
 
 
 def signature_pairs(signatures: Signatures, *, seed: int = 0) -> EvaluatedPairs:

@@ -246,7 +246,14 @@ def _warnings(report: SplitReport) -> list[str]:
         lines.append(_line(len(names), "file is", "files are", names))
     if report.near_duplicates:
         names = [f"{pair.test} ~ {pair.train} ({pair.score:.3f})" for pair in report.near_duplicates]
-        lines.append(_line(report.near_count, "near-duplicate is", "near-duplicates are", names))
+        lines.append(
+            _line(
+                report.near_count,
+                "pair of images that look alike to the model is",
+                "pairs of images that look alike to the model are",
+                names,
+            )
+        )
     return lines
 
 

@@ -5,93 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from vitembed import metrics
-from vitembed.errors import DataError
-from vitembed.evaluate.figures import Figure, Interval, flatten
+from vitembed.evaluate.decisions import DecisionErrors, ProbabilityErrors, judge_decisions, judge_probabilities
+from vitembed.evaluate.figures import Interval
 from vitembed.evaluate.mistakes import IdentityErrors, Mistakes, identity_errors, worst_mistakes
-from vitembed.evaluate.scored import Bools, EvaluatedPairs
-from vitembed.evaluate.separation import FARS, Separation, intervals_over, separate
+from vitembed.evaluate.scored import EvaluatedPairs
+from vitembed.evaluate.separation import FARS, Separation, separate
 from vitembed.verify.calibration import Calibration
 
 ALL_PAIRS = "All pairs of the images, or of a random part of them."
 GIVEN_PAIRS = "The pairs that were given."
 
 _LISTED = 100  # identities in JSON, the worst first
-
-
-@dataclass(frozen=True)
-class DecisionErrors:
-    """What a verifier's threshold, chosen on other pairs, does with these.
-
-    Attributes:
-        threshold: of the verifier.
-        far: the false-accept rate, over the kind of pair that the threshold was chosen against.
-        frr: the false-reject rate: the share of matching pairs that is not accepted.
-        far_random: the share of random non-matching pairs that is accepted; None where kinds are not known.
-        far_skilled: the share of skilled forgeries that is accepted; None where kinds are not known.
-        unsure: the share of all pairs that the verifier calls unsure; None if it always decides.
-        against: "skilled", "random" or "all": the kind that the threshold was chosen against.
-        far_wanted: the false-accept rate that the threshold was chosen for.
-        far_expected: the interval that the verifier gave for the rate on other identities; None where it gave none.
-        expected_for: how many other identities that interval is for; None if that is not known.
-    """
-
-    threshold: float
-    far: Figure
-    frr: Figure
-    far_random: Figure | None
-    far_skilled: Figure | None
-    unsure: float | None
-    against: str
-    far_wanted: float
-    far_expected: Interval | None
-    expected_for: int | None
-
-    @property
-    def as_expected(self) -> bool | None:
-        """Whether the measured false-accept rate lies in the interval that the verifier gave; None without one."""
-        if self.far_expected is None:
-            return None
-        return self.far_expected[0] <= self.far.value <= self.far_expected[1]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON takes them."""
-        rates = {"far": self.far, "frr": self.frr, "far_random": self.far_random, "far_skilled": self.far_skilled}
-        return {
-            "threshold": self.threshold,
-            **flatten({name: rate for name, rate in rates.items() if rate is not None}),
-            "unsure": self.unsure,
-            "against": self.against,
-            "far_wanted": self.far_wanted,
-            "far_expected": None if self.far_expected is None else list(self.far_expected),
-            "expected_for": self.expected_for,
-            "as_expected": self.as_expected,
-        }
-
-
-@dataclass(frozen=True, eq=False)
-class ProbabilityErrors:
-    """How good probabilities of a match are, with both kinds of pair weighted to the share that these suppose.
-
-    Attributes:
-        brier: mean squared error, 0 at best.
-        log_loss: mean of -log(probability of what was the case), natural; 0 at best.
-        ece: expected calibration error: how far stated and observed shares of matches are apart.
-        prior: the share of matching pairs that the probabilities suppose.
-        reliability: stated and observed shares in bins, for a diagram.
-    """
-
-    brier: float
-    log_loss: float
-    ece: float
-    prior: float
-    reliability: metrics.ReliabilityCurve
-
-    def to_dict(self) -> dict[str, float]:
-        """Return the figures as JSON takes them."""
-        return {"brier": self.brier, "log_loss": self.log_loss, "ece": self.ece, "prior": self.prior}
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +55,7 @@ class VerificationReport:
 
     @property
     def eer_interval(self) -> Interval | None:
-        """Its 95 % bootstrap interval over identities; None where these are not known or fewer than nine."""
+        """Its 95 % bootstrap interval over identities; None as in `definitions`."""
         return self.overall.eer.interval
 
     @property
@@ -242,76 +168,21 @@ def evaluate_pairs(
     }
     a_posteriori = kinds.get("skilled", overall).eer_threshold
     threshold = a_posteriori if calibration is None else calibration.threshold
-    cosines = bool(np.abs(pairs.scores).max() <= 1)  # those of some rules for references are not
+    decision = probabilities = raw_probabilities = None
+    if calibration is not None:
+        decision = judge_decisions(pairs, calibration, rounds=rounds, seed=seed)
+        probabilities = judge_probabilities(pairs, calibration)
+        if np.abs(pairs.scores).max() <= 1:  # those of some rules for references are no cosines
+            raw_probabilities = judge_probabilities(pairs, calibration, raw=True)
     return VerificationReport(
         overall=overall,
         kinds=kinds,
         identities=identity_errors(pairs, threshold),
         mistakes=worst_mistakes(pairs, threshold),
-        decision=None if calibration is None else _judge(pairs, calibration, rounds, seed),
-        probabilities=None if calibration is None else _probabilities(pairs, calibration),
-        raw_probabilities=_probabilities(pairs, calibration, raw=True) if calibration is not None and cosines else None,
+        decision=decision,
+        probabilities=probabilities,
+        raw_probabilities=raw_probabilities,
         protocol=protocol,
-    )
-
-
-def _judge(pairs: EvaluatedPairs, calibration: Calibration, rounds: int, seed: int) -> DecisionErrors:
-    accepted = pairs.scores >= calibration.threshold
-    chosen = {
-        "far": _against(pairs, calibration),
-        "frr": pairs.is_match,
-        **{f"far_{kind}": those for kind, those in pairs.kinds.items()},
-    }
-    wrong = accepted != pairs.is_match
-    rates = {name: _rate(wrong, those, pairs, rounds, seed) for name, those in chosen.items()}
-    unsure = None
-    if calibration.reject_below is not None:
-        unsure = float(np.mean(~accepted & (pairs.scores >= calibration.reject_below)))
-    return DecisionErrors(
-        threshold=calibration.threshold,
-        far=rates["far"],
-        frr=rates["frr"],
-        far_random=rates.get("far_random"),
-        far_skilled=rates.get("far_skilled"),
-        unsure=unsure,
-        against=calibration.against,
-        far_wanted=calibration.far_wanted,
-        far_expected=calibration.far_interval,
-        expected_for=calibration.interval_identities,
-    )
-
-
-def _against(pairs: EvaluatedPairs, calibration: Calibration) -> Bools:
-    """Return the non-matching pairs of the kind that a threshold was chosen against; all where there are none."""
-    return pairs.kinds.get(calibration.against, ~pairs.is_match)
-
-
-def _rate(wrong: Bools, chosen: Bools, pairs: EvaluatedPairs, rounds: int, seed: int) -> Figure:
-    """Return the share of wrong decisions among the chosen pairs."""
-    errors = wrong[chosen].astype(np.float64)
-    names = None if pairs.identities is None else pairs.identities[chosen]
-    intervals = intervals_over(lambda weights: _weighted_mean(errors, weights), names, rounds=rounds, seed=seed)
-    return Figure(float(np.mean(errors)), intervals.get("rate"))
-
-
-def _weighted_mean(errors: NDArray[np.float64], weights: NDArray[np.int64]) -> dict[str, float]:
-    total = weights.sum()
-    if total == 0:
-        raise DataError("the draw holds no such pair")
-    return {"rate": float(weights @ errors / total)}
-
-
-def _probabilities(pairs: EvaluatedPairs, calibration: Calibration, *, raw: bool = False) -> ProbabilityErrors:
-    chosen = pairs.is_match | _against(pairs, calibration)
-    scores, matching = pairs.scores[chosen], pairs.is_match[chosen]
-    p: NDArray[np.float64] = np.clip((1 + scores) / 2, 0, 1) if raw else calibration.curve(scores)
-    prior = 0.5 if raw else calibration.prior
-    return ProbabilityErrors(
-        brier=metrics.brier_score(p, matching, prior=prior),
-        log_loss=metrics.log_loss(p, matching, prior=prior),
-        ece=metrics.expected_calibration_error(p, matching, prior=prior),
-        prior=prior,
-        reliability=metrics.reliability_curve(p, matching, prior=prior),
     )
 
 
@@ -329,13 +200,15 @@ _DEFINITIONS = {
     "identity of the other. Figures without either word are over both, in the numbers in which they are here.",
     "mean identity EER": "The mean of the equal error rates of single identities, each at its own threshold a "
     "posteriori, over their own pairs: against the skilled forgeries where there are some.",
-    "decision": "Error rates at the verifier's threshold, which was chosen on other pairs, a priori. `expected` is the "
-    "interval in which the verifier said that FAR would lie on other identities.",
+    "decision": "Error rates at the verifier's threshold, which was chosen on other pairs, a priori. The interval "
+    "that is expected is the one in which the verifier said that FAR would lie on so many other identities: of fewer "
+    "the rate varies more, so that it is then not said whether the rate is as expected.",
     "probability": "Brier score: mean squared error. Log-loss: mean of -ln(probability of what was the case). ECE: "
     "mean distance between stated probability and observed share of matches in 15 bins of equal width. Both kinds of "
     "pair are weighted to the share of matches that the probability supposes.",
     "intervals": "95 % bootstrap over identities: what another draw of as many identities could have given. None where "
-    "identities are unknown or fewer than nine.",
+    "identities are unknown or fewer than nine, or where every draw gives the same figure, as without any error. That "
+    "of a verifier's rate is at least as wide as Wilson's for so many independent pairs.",
 }
 
 

@@ -101,7 +101,9 @@ class Structure:
             parameters = faiss.SearchParametersHNSW(efSearch=max(effort, k), sel=selector)
         else:
             parameters = faiss.SearchParametersIVF(nprobe=effort, sel=selector)
-        rows: RowArray = self._index.search(queries, k, params=parameters)[1]
+        # Where faiss.contrib.torch_utils was imported, as by pytorch-metric-learning, `search` takes no parameters.
+        search = getattr(self._index, "search_numpy", self._index.search)
+        rows: RowArray = search(queries, k, params=parameters)[1]
         return rows
 
     def efforts(self) -> list[int]:

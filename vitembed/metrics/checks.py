@@ -16,6 +16,14 @@ Ints: TypeAlias = NDArray[np.int64]
 # beside the embeddings of a set for which chunks matter.
 CHUNK_BYTES = 64 * 2**20
 
+# Rows with norms outside are divided by their largest number first. A norm must be a normal number of the rows' type,
+# and squares of float64 must neither overflow (the norm is infinite then) nor be lost: below the root of the least
+# normal number / epsilon those that underflow would count.
+_SAFE_NORMS = {
+    np.float32: (float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)),
+    np.float64: (1e-146, float(np.finfo(np.float64).max)),
+}
+
 
 def unit_rows(embeddings: ArrayLike, name: str = "embeddings") -> Floats:
     """Return the rows scaled to unit length, float64 for float64 and integers, float32 for float32 and float16.
@@ -27,14 +35,27 @@ def unit_rows(embeddings: ArrayLike, name: str = "embeddings") -> Floats:
     if array.ndim != 2 or array.dtype.kind not in "fiub":
         raise VectorError(f"{name} must be numbers of shape (n, d); got {array.dtype} of shape {array.shape}")
     floats: Floats = array.astype(np.float32 if array.dtype in (np.float16, np.float32) else np.float64, copy=False)
-    norms: Floats = np.sqrt(np.einsum("nd,nd->n", floats, floats, dtype=np.float64))
-    bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        norms: Floats = np.sqrt(np.einsum("nd,nd->n", floats, floats, dtype=np.float64))
+    low, high = _SAFE_NORMS[floats.dtype.type]
+    odd = np.flatnonzero(~((norms >= low) & (norms <= high)))
+    if not odd.size:
+        return _divided(floats, norms)
+    peaks = np.abs(floats[odd]).max(axis=1, initial=0)
+    bad = odd[~np.isfinite(peaks) | (peaks == 0)]
     if bad.size:
-        kind = "is all zeros" if norms[bad[0]] == 0 else "holds NaN or infinity"
+        kind = "holds NaN or infinity" if not np.all(np.isfinite(floats[bad[0]])) else "is all zeros"
         raise VectorError(
             f"{name} must be finite and not zero; row {bad[0]} {kind} ({bad.size} such rows of {len(array)})"
         )
-    unit: Floats = floats / norms[:, None].astype(floats.dtype)
+    scaled = floats.copy()
+    scaled[odd] /= peaks[:, None]
+    norms[odd] = np.sqrt(np.einsum("nd,nd->n", scaled[odd], scaled[odd], dtype=np.float64))
+    return _divided(scaled, norms)
+
+
+def _divided(rows: Floats, norms: Floats) -> Floats:
+    unit: Floats = rows / norms[:, None].astype(rows.dtype)
     return unit
 
 

@@ -295,7 +295,8 @@ def allowed_accepts(far: float, others: float) -> int:
     if not 0 <= far < 1:
         raise ConfigError(f"a false-accept rate must be at least 0 and below 1; got {far}")
     allowed = math.floor(far * others)
-    return allowed + ((allowed + 1) / others <= far)  # the product rounded down: 0.29 * 100 is 28.999...
+    # The product is rounded: 0.29 * 100 is 28.999..., and six times the number just below 5/6 is 5.
+    return allowed + ((allowed + 1) / others <= far) - (allowed / others > far)
 
 
 def _are_many(scores: ArrayLike, flags: ArrayLike) -> bool:

@@ -37,8 +37,9 @@ class Calibration:
 
     The intervals are 95 % intervals of the rate that other identities, `interval_identities` of them, would show with
     this threshold, which is itself uncertain: both are drawn anew (see `vitembed.verify.unseen`). Where identities
-    are not known, other pairs take their place, as if independent: too narrow where pairs share images. None with fewer
-    than `vitembed.metrics.IDENTITIES_NEEDED` identities (nobody knows then), or without such pairs.
+    are not known, other pairs take their place, as if independent: too narrow where pairs share images. None where the
+    pairs of that kind, or those that the threshold was chosen on, show fewer identities than
+    `vitembed.metrics.IDENTITIES_NEEDED` (nobody knows then), and without such pairs.
 
     Attributes:
         threshold: a pair is accepted when its score is at least this.
@@ -231,7 +232,7 @@ def calibrate(
         reject_below=band,
         interval_identities=(test_identities or pairs.identities) if intervals else None,
         candidates=candidates,
-        protocol=_protocol(pairs, chosen, test_identities, len(intervals) > 0, fitted.kind, candidates),
+        protocol=_protocol(pairs, chosen, test_identities, intervals, fitted.kind, candidates),
         **_counts(pairs),
         **_rates(pairs, chosen, threshold, intervals),
         **_unsure(judged, band, threshold),
@@ -279,7 +280,7 @@ def _protocol(
     pairs: ScoredPairs,
     chosen: str,
     test_identities: int | None,
-    predicted: bool,
+    predicted: Mapping[str, Interval],
     kind: str,
     candidates: Mapping[str, Mapping[str, float]],
 ) -> str:
@@ -287,10 +288,12 @@ def _protocol(
     units = "pairs, as if independent" if pairs.identities is None else "identities"
     met = f"{test_identities or int(pairs.codes.max()) + 1:,} other {units}"
     parts = [f"threshold chosen a posteriori on these pairs, against {'all ' * (chosen == 'all')}{_describe(chosen)}"]
-    if predicted:
-        parts.append(f"intervals: 95 % of the rates of {met}, the choice of the threshold redone (bootstrap)")
+    if not predicted:
+        parts.append(f"no intervals, as there are too few identities with {_describe(chosen)}")
     else:
-        parts.append("no intervals, as there are too few identities")
+        parts.append(f"intervals: 95 % of the rates of {met}, the choice of the threshold redone (bootstrap)")
+        if chosen not in predicted:
+            parts.append(f"none of the false-accept rate, as too few of {met} would have {_describe(chosen)}")
     parts.append(f"{kind} curve" + (f" chosen by cross-validation over {units}" if len(candidates) > 1 else ""))
     return "; ".join(parts)
 

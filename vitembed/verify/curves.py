@@ -47,7 +47,7 @@ class Logistic:
         return result
 
     def __call__(self, scores: ArrayLike) -> Array:
-        """Return the probability, in [0, 1], that a pair of this score matches; any shape."""
+        """Return the probability, in (0, 1), that a pair of this score matches; any shape."""
         return _probability(self.log_ratio(scores), self.prior)
 
 
@@ -102,8 +102,10 @@ KINDS: Mapping[str, type[Curve]] = {kind.kind: kind for kind in (Logistic, Likel
 
 
 def _probability(log_ratio: Array, prior: float) -> Array:
-    # tanh instead of exp: it does not overflow.
-    result: Array = 0.5 + 0.5 * np.tanh((log_ratio + math.log(prior / (1 - prior))) / 2)
+    # Within these log odds, float64 tells the probability from 0 and from 1, and exp does not overflow. This form and
+    # not exp(z) / (1 + exp(z)): each of its steps is monotone, so that rounding cannot make the probability fall.
+    log_odds = np.clip(log_ratio + math.log(prior / (1 - prior)), -700, 36)
+    result: Array = 1 / (1 + np.exp(-log_odds))
     return result
 
 

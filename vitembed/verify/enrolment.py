@@ -18,7 +18,7 @@ from vitembed.errors import ConfigError, DataError, ImageError, VerifierError
 from vitembed.images import ImageSource
 from vitembed.index import Index
 from vitembed.verify.calibration import Calibration
-from vitembed.verify.quality import judge_quality
+from vitembed.verify.quality import reads_ink, require_ink
 from vitembed.verify.reference_decisions import EnrolmentReport, Identification, ReferenceDecision
 from vitembed.verify.reference_rules import Evidence, Mean, Rule, gather_evidence
 from vitembed.verify.reference_store import References, ReferenceStore, Vectors, checked_identity, content_hash
@@ -260,7 +260,7 @@ class Enrolment:
         mark = content_hash(image)
         if mark in own.hashes:
             return (f"The questioned image is itself a reference: {_shown(own.paths[own.hashes.index(mark)])}.",)
-        notes = self._judged(image, own.paths)
+        notes = self._judged(image, _unchanged(own))
         alike = int(np.argmax(with_each))
         if not notes and with_each[alike] >= _SAME_TO_THE_MODEL:
             return (f"To the model it is the same picture as the reference {_shown(own.paths[alike])}: is it a copy?",)
@@ -274,12 +274,10 @@ class Enrolment:
         Raises:
             ImageError: it is blank.
         """
-        if not reads_ink(self._model()):
+        if not reads_ink(getattr(self._model(), "preprocess", None)):
             return ()
         beside = [path for path in references if path is not None and Path(path).is_file()]
-        problems = judge_quality(image, beside).problems
-        if any(problem.kind == "blank" for problem in problems):
-            raise ImageError(_name_of(image), "is blank: it shows no ink; hand in the right image, or scan it again")
+        problems = require_ink(image, beside).problems
         # The references are numbered by position in the list that was handed over; a person needs their names.
         return tuple(
             problem.text if problem.reference is None else f"{problem.text} ({beside[problem.reference]})"
@@ -291,7 +289,7 @@ class Enrolment:
     ) -> dict[int, tuple[str, ...]]:
         """Return what is wrong with new references, by their positions."""
         owners, own = self._store.owners(hashes), self._store.find(name)
-        earlier: list[str | None] = [] if own is None else list(own.paths)
+        earlier: list[str | None] = [] if own is None else list(_unchanged(own))
         found: dict[int, tuple[str, ...]] = {}
         for position, (image, mark) in enumerate(zip(images, hashes, strict=True)):
             theirs = owners.get(mark, set())
@@ -310,11 +308,16 @@ class Enrolment:
         return self.verifier.model
 
 
-def reads_ink(model: object) -> bool:
-    """Tell whether a model takes dark ink on a light ground, for which the quality of an image can be judged."""
-    preprocess = getattr(model, "preprocess", None)
-    inked = getattr(preprocess, "mode", None) == "L" and getattr(preprocess, "invert", False)
-    return bool(inked or getattr(preprocess, "scan", False))
+def _unchanged(own: References) -> list[str]:
+    """Return where the references lie whose files still hold what was enrolled."""
+    kept = []
+    for path, mark in zip(own.paths, own.hashes, strict=True):
+        try:
+            if path is not None and content_hash(path) == mark:
+                kept.append(path)
+        except ImageError:
+            continue
+    return kept
 
 
 def _path_of(image: ImageSource) -> str | None:

@@ -1,7 +1,7 @@
 """Reading values back from JSON: every key and every value is checked, and the first wrong one is named.
 
-What a person or another program changed in a saved verifier must never become a decision, so nothing is taken on
-trust: unknown and missing keys, texts for numbers, booleans for counts, and numbers out of their range are errors.
+A saved verifier that was damaged or mistyped must not decide: unknown and missing keys, texts for numbers, booleans for
+counts, and numbers out of their range are errors. Another valid threshold, written on purpose, cannot be told.
 """
 
 import difflib
@@ -44,7 +44,7 @@ def number(name: str, value: object, low: float = -1e300, high: float = 1e300) -
     """
     # A whole number of 400 digits is valid JSON, and no float.
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
-        raise VerifierError(f"{name} must be a finite number; got {value!r}")
+        raise VerifierError(f"{name} must be a finite number; got {value!r:.80}")
     if not low <= value <= high:
         raise VerifierError(f"{name} must be in [{low:g}, {high:g}]; got {value}")
     return float(value)
@@ -62,7 +62,7 @@ def count(name: str, value: object, low: int = 0) -> int:
         VerifierError: it is none.
     """
     if type(value) is not int or value < low:
-        raise VerifierError(f"{name} must be a count of at least {low}; got {value!r}")
+        raise VerifierError(f"{name} must be a count of at least {low}; got {value!r:.80}")
     return value
 
 
@@ -73,7 +73,7 @@ def interval(name: str, value: object) -> tuple[float, float]:
         VerifierError: it is anything else.
     """
     if not isinstance(value, list | tuple) or len(value) != 2:
-        raise VerifierError(f"{name} must hold two numbers; got {value!r}")
+        raise VerifierError(f"{name} must hold two numbers; got {value!r:.80}")
     low, high = share(name, value[0]), share(name, value[1])
     if low > high:
         raise VerifierError(f"{name} must rise; got {low} and {high}")
@@ -87,7 +87,7 @@ def numbers(name: str, value: object, *, rising: bool = False) -> tuple[float, .
         VerifierError: it is anything else.
     """
     if not isinstance(value, list | tuple) or len(value) < 2:
-        raise VerifierError(f"{name} must be a list of two numbers or more; got {value!r}")
+        raise VerifierError(f"{name} must be a list of two numbers or more; got {value!r:.80}")
     result = tuple(number(name, item) for item in value)
     if rising and any(b <= a for a, b in pairwise(result)):
         raise VerifierError(f"{name} must rise from one to the next")
@@ -101,7 +101,7 @@ def text(name: str, value: object) -> str:
         VerifierError: it is none.
     """
     if not isinstance(value, str):
-        raise VerifierError(f"{name} must be text; got {value!r}")
+        raise VerifierError(f"{name} must be text; got {value!r:.80}")
     return value
 
 
@@ -112,5 +112,5 @@ def one_of(name: str, value: object, known: Sequence[str]) -> str:
         VerifierError: it is none of them.
     """
     if value not in known:
-        raise VerifierError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+        raise VerifierError(f"{name} must be one of {', '.join(known)}; got {value!r:.80}")
     return str(value)

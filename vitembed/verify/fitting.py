@@ -147,6 +147,8 @@ def fit_logistic(scores: ArrayLike, is_match: ArrayLike, *, prior: float = 0.5) 
     spread = math.sqrt(float(weight @ (x - centre) ** 2))
     slope, offset = _newton((x - centre) / spread, target, weight)
     slope /= spread
+    if not slope > 0:
+        raise _alike()
     return Logistic(slope, offset - slope * centre, float(prior))
 
 
@@ -224,12 +226,18 @@ def _checked(scores: ArrayLike, is_match: ArrayLike, prior: float) -> tuple[Arra
     check_prior(prior)
     checked, matching = metrics.checked_pairs(scores, is_match)
     x: Array = checked.astype(np.float64)
-    if not x[matching].mean() - x[~matching].mean() > 1e-12 * x.std():
-        raise VerifierError(
-            "matching pairs do not score higher than the others on average, so these scores cannot tell them apart; "
-            "check the labels of the pairs, or train the model"
-        )
+    above = x - x.min()  # exact for scores a few ulp apart, whose own means are rounded to either side of each other
+    difference = above[matching].mean() - above[~matching].mean()
+    if not difference > 1e-12 * above.std() + 1e-150:  # of anything smaller, squares underflow
+        raise _alike()
     return x, matching
+
+
+def _alike() -> VerifierError:
+    return VerifierError(
+        "matching pairs do not score higher than the others on average, so these scores cannot tell them apart; "
+        "check the labels of the pairs, or train the model"
+    )
 
 
 def _balanced(matching: Bools) -> Array:
@@ -242,6 +250,7 @@ def _knots(scores: Array, log_ratios: Array) -> tuple[tuple[float, ...], tuple[f
     """Return points of a curve as plain numbers: at least two, and only those that a straight line would miss."""
     if scores.size == 1:
         scores, log_ratios = scores + np.array([0.0, np.spacing(abs(scores[0]))]), np.repeat(log_ratios, 2)
+    log_ratios = np.maximum.accumulate(log_ratios)  # means of scores a few ulp apart come out of order
     flat = (log_ratios[1:-1] == log_ratios[:-2]) & (log_ratios[1:-1] == log_ratios[2:])
     kept = np.concatenate([[True], ~flat, [True]])
     return tuple(scores[kept].tolist()), tuple(log_ratios[kept].tolist())

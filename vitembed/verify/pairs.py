@@ -72,6 +72,14 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.left)
 
+    @property
+    def one_sided(self) -> int:
+        """How many pairs are of one file with itself, which tell nothing of a model."""
+        return sum(
+            isinstance(a, str | os.PathLike) and isinstance(b, str | os.PathLike) and os.fspath(a) == os.fspath(b)
+            for a, b in zip(self.left, self.right, strict=True)
+        )
+
     @classmethod
     def from_csv(cls, path: str | os.PathLike[str]) -> "Pairs":
         """Read a table with the header `left,right,match`, in any order; of other columns `kind` alone is read.
@@ -82,13 +90,15 @@ class Pairs:
                 skilled for a pair that does not match. Blank lines are skipped.
 
         Raises:
-            DataError: names the file and the line, what was expected and what came; a missing image too.
+            DataError: names the file and the line, what was expected and what came; a missing image too, and two
+                images that match in one line and not in another.
         """
         table = Path(path)
         left: list[ImageSource] = []
         right: list[ImageSource] = []
         flags: list[bool] = []
         kinds: list[str] = []
+        known: dict[frozenset[ImageSource], bool] = {}
         found: set[Path] = set()  # each image is looked for once, however many pairs it is in
         for line, cells in _read_rows(table):
             for side, cell in ((left, cells[0]), (right, cells[1])):
@@ -102,6 +112,9 @@ class Pairs:
                 expected = "expected match to be 1, 0, true, false, yes or no"
                 raise DataError(f"{table}, line {line}: {expected}; got {cells[2]!r}")
             flags.append(flag)
+            labelled = known.setdefault(frozenset((left[-1], right[-1])), flag)
+            if labelled != flag:
+                raise DataError(f"{table}, line {line}: {cells[0]} and {cells[1]} match in one line and not in another")
             if len(cells) > len(COLUMNS):
                 _check_kind(table, line, cells[3], flag)
                 kinds.append(cells[3].lower())

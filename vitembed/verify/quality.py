@@ -2,7 +2,7 @@
 
 Nobody writes the same signature twice: ink that lies almost exactly on a reference's was photocopied, pasted or traced,
 however well it matches. The gate is for drawings and signatures on a ground; photographs have no ink, and whoever calls
-it knows which they are (`Preprocess.scan`, or mode "L").
+it knows which they are (`reads_ink`).
 """
 
 import math
@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from vitembed.errors import ConfigError
+from vitembed.errors import ConfigError, ImageError
 from vitembed.images import ImageSource, load_image
 from vitembed.ink import clean_scan, find_ink, otsu_threshold
+from vitembed.preprocess import Preprocess
 
 ProblemKind = Literal["blank", "little ink", "too small", "near copy", "same file"]
 
@@ -83,6 +84,26 @@ class Quality:
     def is_good(self) -> bool:
         """Whether there is no problem."""
         return not self.problems
+
+
+def reads_ink(preprocess: Preprocess | None) -> bool:
+    """Tell whether a model takes dark ink on a light ground, for which the quality of an image can be judged."""
+    return preprocess is not None and (preprocess.scan or (preprocess.mode == "L" and preprocess.invert))
+
+
+def require_ink(image: ImageSource, references: Sequence[ImageSource] = ()) -> "Quality":
+    """Judge an image as `judge_quality` does, and refuse one without ink.
+
+    Raises:
+        ImageError: it is blank, or an image cannot be read.
+    """
+    quality = judge_quality(image, references)
+    if any(problem.kind == "blank" for problem in quality.problems):
+        name = str(image) if isinstance(image, str | os.PathLike) else "the image"
+        raise ImageError(
+            name, "is blank: no ink can be told from its ground; hand in the right image, or scan it again"
+        )
+    return quality
 
 
 def judge_quality(image: ImageSource, references: Sequence[ImageSource] = ()) -> Quality:

@@ -92,7 +92,7 @@ class ReferenceStore:
         entries = {} if self._index is None else self._index.entries()
         counts: dict[str, int] = {}
         for id, entry in entries.items():
-            name = self._identity_of(id, entry)
+            name = self._checked(id, entry)["identity"]
             counts[name] = counts.get(name, 0) + 1
         return dict(sorted(counts.items()))
 
@@ -101,7 +101,7 @@ class ReferenceStore:
         found = self._index.entries(where={"identity": identity}) if self._index is not None else {}
         if self._index is None or not found:
             return None
-        return _gathered([(entry, self._index.get(id).vector) for id, entry in found.items()])
+        return _gathered([(self._checked(id, entry), self._index.get(id).vector) for id, entry in found.items()])
 
     def get(self, identity: str) -> References:
         """Return the references of an identity.
@@ -123,7 +123,7 @@ class ReferenceStore:
         groups: dict[str, list[tuple[dict[str, Any], Vectors]]] = {}
         for batch in self._index.stream() if self._index is not None else ():
             for id, entry, vector in zip(batch.ids, batch.metadata, batch.vectors, strict=True):
-                groups.setdefault(self._identity_of(id, entry), []).append((entry, vector))
+                groups.setdefault(self._checked(id, entry)["identity"], []).append((entry, vector))
         return {name: _gathered(group) for name, group in groups.items()}
 
     def owners(self, hashes: Sequence[str]) -> dict[str, set[str]]:
@@ -131,7 +131,7 @@ class ReferenceStore:
         wanted = {"sha256": {"$in": sorted(set(hashes))}}
         owners: dict[str, set[str]] = {}
         for id, entry in (self._index.entries(where=wanted) if self._index is not None else {}).items():
-            owners.setdefault(entry["sha256"], set()).add(self._identity_of(id, entry))
+            owners.setdefault(entry["sha256"], set()).add(self._checked(id, entry)["identity"])
         return owners
 
     def add(
@@ -152,10 +152,13 @@ class ReferenceStore:
             SearchIndexError: another process is writing, or the disk is full.
         """
         if self._index is None:
-            self._index = Index.create(self.path, vectors.shape[1], self._fingerprint, self._location)
+            self._index = self._created(vectors.shape[1])
         now = datetime.now(UTC).isoformat(timespec="seconds")
         with self._index.transaction():
-            known = {entry["sha256"] for entry in self._index.entries(where={"identity": identity}).values()}
+            for id, entry in self._index.entries(where={"sha256": {"$exists": False}}).items():
+                self._checked(id, entry)  # not among entries of somebody else
+            own = self._index.entries(where={"identity": identity})
+            known = {self._checked(id, entry)["sha256"] for id, entry in own.items()}
             new = [i for i, mark in enumerate(hashes) if mark not in known and mark not in hashes[:i]]
             self._index.add(
                 [f"{identity}/{hashes[i][:_HASH_DIGITS]}" for i in new],
@@ -179,13 +182,27 @@ class ReferenceStore:
                 raise self._unknown(identity)
             return self._index.remove(found)
 
-    def _identity_of(self, id: str, entry: Mapping[str, Any]) -> str:
-        name = entry.get("identity")
-        if not isinstance(name, str) or not isinstance(entry.get("sha256"), str):
+    def _created(self, dim: int) -> Index:
+        try:
+            return Index.create(self.path, dim, self._fingerprint, self._location)
+        except SearchIndexError:  # another process was first
+            index = Index.open(self.path)
+        if self._fingerprint is not None:
+            try:
+                index.require_model(self._fingerprint)
+            except BaseException:
+                index.close()
+                raise
+        return index
+
+    def _checked(self, id: str, entry: dict[str, Any]) -> dict[str, Any]:
+        """Return the metadata of an entry, which are those of a reference."""
+        texts = [entry.get("identity"), entry.get("sha256"), entry.get("path") or ""]
+        if not all(isinstance(text, str) for text in texts):
             raise SearchIndexError(
                 f"{self.path} holds entries that are no references, like {id!r}; use a folder of its own"
             )
-        return name
+        return entry
 
     def _unknown(self, name: str) -> DataError:
         known = self.identities()

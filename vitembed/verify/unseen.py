@@ -57,6 +57,17 @@ class Side:
         left, right = codes[order].T
         return cls(scores[order], left, np.where(left == right, identities, right), identities)
 
+    @property
+    def shown(self) -> int:
+        """How many identities these pairs show; where few are compared with many, the few and one more.
+
+        Of all pairs of n identities, each written down once, one identity is never on the left: hence the one more.
+        """
+        present = np.zeros((2, self.identities), dtype=np.bool_)
+        present[0, self.left] = True
+        present[1, np.where(self.right < self.identities, self.right, self.left)] = True
+        return int(min(present.any(axis=0).sum(), present.sum(axis=1).min() + 1))
+
     def weights(self, drawn: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return how often each pair comes, (P,), when identity i was drawn drawn[i] times.
 
@@ -145,28 +156,30 @@ def predict_acceptance(
 
     Returns:
         The intervals, also at least as wide as Wilson's for the pairs that there are: where none was accepted, every
-        round would say 0. Empty with fewer than `vitembed.metrics.IDENTITIES_NEEDED` identities.
+        round would say 0. Without kinds whose pairs show fewer than `vitembed.metrics.IDENTITIES_NEEDED` identities,
+        and empty where those of `chosen_on` do.
     """
     choosing = sides[chosen_on]
     identities = choosing.identities
-    if identities < metrics.IDENTITIES_NEEDED:
+    known = {kind: side for kind, side in sides.items() if side.shown >= metrics.IDENTITIES_NEEDED}
+    if chosen_on not in known:
         return {}
     rng = np.random.default_rng(seed)
     everything = np.ones(choosing.scores.size, dtype=np.int64)
     threshold = choosing.best_refused(everything, far)
     freedom = degrees_of_freedom(choosing, threshold)
     sizes = drawn_sizes(identities, others or identities, freedom, level)
-    shares: dict[str, list[float]] = {kind: [] for kind in sides}
+    shares: dict[str, list[float]] = {kind: [] for kind in known}
     for _ in range(rounds):
         chosen, met = (np.bincount(rng.integers(identities, size=n), minlength=identities) for n in sizes)
         weights = choosing.weights(chosen)
         if not weights.any():
             continue
         refused = choosing.best_refused(weights, far)
-        for kind, side in sides.items():
+        for kind, side in known.items():
             shares[kind].append(side.share_above(refused, side.weights(met)))
     return {
-        kind: found for kind in sides if (found := _interval(shares[kind], sides[kind], threshold, level)) is not None
+        kind: found for kind in known if (found := _interval(shares[kind], known[kind], threshold, level)) is not None
     }
 
 

@@ -26,7 +26,7 @@ from vitembed.verify.verifier_file import Saved, read_verifier, unusable, write_
 if TYPE_CHECKING:
     from vitembed.verify.references import ReferenceCalibration
 
-SAME_FILE = "both images are the same file"
+SAME_FILE = "both images are the same file, or copies of it"
 SAME_PIXELS = "both images are the same to the model: one is a copy of the other"
 
 # Rows gathered at a time for the scores of pairs: 24 MB a side for 384 dimensions.

@@ -89,11 +89,14 @@ def _parse(document: object) -> Saved:
     if not isinstance(document, Mapping) or document.get("format") != FORMAT:
         raise VerifierError(f'expected "format": "{FORMAT}"')
     if document.get("version") != VERSION:
-        raise VerifierError(f"expected version {VERSION}; got {document.get('version')!r}")
+        newer = isinstance(document.get("version"), int) and document["version"] > VERSION
+        raise VerifierError(
+            f"expected version {VERSION}; got {document.get('version')!r:.80}{': update vitembed' if newer else ''}"
+        )
     fields.check_keys(document, KEYS)
     for key in ("fingerprint", "location"):
         if not isinstance(document[key], str | None):
-            raise VerifierError(f"{key} must be text or null; got {document[key]!r}")
+            raise VerifierError(f"{key} must be text or null; got {document[key]!r:.80}")
     return Saved(
         Calibration.from_dict(document["calibration"]),
         document["fingerprint"],
@@ -108,5 +111,5 @@ def _date(value: object) -> str:
     try:
         datetime.fromisoformat(written)
     except ValueError:
-        raise VerifierError(f"created must be a date and time in ISO 8601; got {written!r}") from None
+        raise VerifierError(f"created must be a date and time in ISO 8601; got {written!r:.80}") from None
     return written
