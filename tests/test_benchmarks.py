@@ -161,3 +161,20 @@ def test_the_benchmark_of_the_metrics_has_both_sections(script: Script) -> None:
     more = ["+ precision@10", "+ vote of 10", "+ full mAP"]
     assert sorted(names) == sorted([*ours, *more, *ours, "peer", *scores, *scores, "peer"])
     assert all(float(line.split(" GB")[0].rsplit(" ", 1)[1]) > 0.01 for line in rows)
+
+
+def test_what_was_predicted_for_unseen_identities_is_measured(script: Script, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for label in range(24):
+        own = random.integers(0, 255, (8, 8))
+        for number in range(5):
+            path = tmp_path / "data" / f"{label:02}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise = random.normal(0, 10, (8, 8))
+            Image.fromarray(np.clip(own + noise, 0, 255).astype(np.uint8)).save(path)
+    model = Embedder.create("N/4", preprocess=Preprocess.grey((8, 8), invert=False), pooling="mean", device="cpu")
+    model.save_pretrained(tmp_path / "model")
+    lines = [" ".join(words) for words in script("unseen.py", tmp_path / "model", tmp_path / "data", "--far", 0.1)]
+    assert lines[0].startswith("12 identities for the threshold, 12 others to test it")
+    assert lines[-1].startswith("| 10% against all | - | ")
+    assert lines[-1].count("inside") + lines[-1].count("OUTSIDE") == 2

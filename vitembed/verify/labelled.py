@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,7 +20,7 @@ class _Embedded:
 
     def __init__(self, model: Encoder, images: Sequence[ImageSource], batch_size: int, progress: bool) -> None:
         self.fingerprint = model.fingerprint
-        self._encode = lambda: model.encode(images, batch_size=batch_size, progress=progress)
+        self._encode = partial(model.encode, images, batch_size=batch_size, progress=progress)
         self._places = {_key(image): place for place, image in enumerate(images)}
 
     @cached_property
