@@ -65,7 +65,6 @@ def main(arguments: list[str] | None = None) -> None:
         sides = [sides[0].subset(first), sides[0].subset(~first)]
     (scores, pairs), (test_scores, test_pairs) = (scored(model, side) for side in sides[:2])
     assert pairs.skilled is not None
-    assert test_pairs.identities is not None
     others = len(np.unique(test_pairs.identities))
     print(
         f"{len(np.unique(np.asarray(pairs.identities)))} identities for the threshold, {others} others to test it; rates in %"
