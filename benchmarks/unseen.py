@@ -65,10 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
         sides = [sides[0].subset(first), sides[0].subset(~first)]
     (scores, pairs), (test_scores, test_pairs) = (scored(model, side) for side in sides[:2])
     assert pairs.skilled is not None
-    others = len(np.unique(test_pairs.identities))
-    print(
-        f"{len(np.unique(np.asarray(pairs.identities)))} identities for the threshold, {others} others to test it; rates in %"
-    )
+    chosen_on, others = (len(np.unique(np.asarray(side.identities))) for side in (pairs, test_pairs))
+    print(f"{chosen_on} identities for the threshold, {others} others to test it; rates in %")
     print("| wanted FAR | skilled, measured (predicted) | random | FRR | calibration error | Brier |")
     print("|---|---|---|---|---|---|")
     for far in args.far:
