@@ -6,7 +6,8 @@
 The threshold is chosen on the identities of CALIBRATION for each wanted false-accept rate, against skilled forgeries
 and against random pairs where there are both; the rates are then measured on those of TEST. Printed are what was
 predicted for so many other identities (95 %), what was measured, and how well the probability is calibrated there: the
-expected calibration error and the Brier score, beside (1 + cosine) / 2.
+expected calibration error and the Brier score, beside (1 + cosine) / 2. Last come decisions by six references of an
+identity: the rule is chosen on CALIBRATION, and its equal error rates on TEST have intervals over identities.
 """
 
 import argparse
@@ -16,12 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitembed import Embedder, ImageDataset, Pairs, metrics
-from vitembed.verify import Calibration, calibrate
+from vitembed.errors import DataError, VerifierError
+from vitembed.verify import Calibration, calibrate, fit_references
+from vitembed.verify.reference_rules import Rule
+from vitembed.verify.reference_trials import checked_identities, draw_trials
+
+REFERENCES = 6
 
 
-def scored(model: Embedder, data: ImageDataset) -> tuple[NDArray[np.float64], Pairs]:
+def scored(vectors: NDArray[np.float64], data: ImageDataset) -> tuple[NDArray[np.float64], Pairs]:
     """Return pairs of a data set, as positions, and their cosines."""
-    vectors = model.encode(data.images, progress=True).astype(np.float64)
     pairs = Pairs.from_labels(range(len(vectors)), data.labels, data.forgery_of)  # type: ignore[arg-type]
     left, right = np.array(pairs.left, np.int64), np.array(pairs.right, np.int64)
     return np.einsum("nd,nd->n", vectors[left], vectors[right]).clip(-1, 1), pairs
@@ -33,6 +38,23 @@ def in_words(rate: float | None, interval: tuple[float, float] | None, seen: flo
         return "-"
     verdict = "inside" if interval[0] <= seen <= interval[1] else "OUTSIDE"
     return f"{100 * seen:.1f} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f}) {verdict}"
+
+
+def print_references(vectors: NDArray[np.float64], data: ImageDataset, rule: Rule) -> None:
+    """Print the equal error rates of a rule for six references, by kind of forgery."""
+    random = np.random.default_rng(0)
+    trials = draw_trials(*checked_identities(vectors, data.labels, data.forgery_of), REFERENCES, 300, random)
+    scores = rule(trials.evidence)
+    for name, kind in (("skilled", trials.skilled), ("random", ~trials.skilled & ~trials.is_match)):
+        if kind.any():
+            chosen = kind | trials.is_match
+            kept, flags, whom = scores[chosen], trials.is_match[chosen], trials.identities[chosen]
+            eer = metrics.equal_error_rate(kept, flags)[0]
+            table = metrics.WeightedScores(kept, flags)
+            low, high = metrics.bootstrap_interval(
+                lambda weights, table=table: table.table(weights).equal_error_rate()[0], whom, weighted=True
+            )
+            print(f"EER by {REFERENCES} references, rule {rule.name}, {name}: {eer:.1%} ({low:.1%} to {high:.1%})")
 
 
 def print_row(found: Calibration, scores: NDArray[np.float64], pairs: Pairs) -> None:
@@ -63,7 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
         order = np.random.default_rng(args.seed).permutation(len(sides[0].classes))
         first = np.isin(sides[0].labels, order[: round(args.share * len(order))])
         sides = [sides[0].subset(first), sides[0].subset(~first)]
-    (scores, pairs), (test_scores, test_pairs) = (scored(model, side) for side in sides[:2])
+    rows, test_rows = (model.encode(side.images, progress=True).astype(np.float64) for side in sides[:2])
+    (scores, pairs), (test_scores, test_pairs) = scored(rows, sides[0]), scored(test_rows, sides[1])
     assert pairs.skilled is not None
     chosen_on, others = (len(np.unique(np.asarray(side.identities))) for side in (pairs, test_pairs))
     print(f"{chosen_on} identities for the threshold, {others} others to test it; rates in %")
@@ -81,6 +104,11 @@ def main(arguments: list[str] | None = None) -> None:
                 test_identities=others,
             )
             print_row(found, test_scores, test_pairs)
+    try:
+        fitted = fit_references(rows, sides[0].labels, sides[0].forgery_of, REFERENCES, max(args.far), against="random")
+        print_references(test_rows, sides[1], fitted.rule)
+    except (DataError, VerifierError) as error:
+        print(f"no decisions by references: {error}")
 
 
 if __name__ == "__main__":
