@@ -154,4 +154,4 @@ def test_the_page_tells_how_many_writers_have_enough_images_for_references():
     given = signatures(writers=3, genuine=5)
     report = evaluate_embeddings(given.vectors, given.labels, forgery_of=given.forgery_of)
     page = read(draw_evaluation_page(report))
-    assert "0 of 3 writers have more than 6 genuine images" in page.text
+    assert "0 of 3 identities have more than 6 genuine images" in page.text

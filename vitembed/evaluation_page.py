@@ -69,7 +69,7 @@ def draw_evaluation_page(report: EvaluationReport, *, title: str = "Evaluation",
     if report.split is not None:
         _add_split(page, report)
     _add_verification(page, report)
-    _add_signatures(page, report)
+    _add_references(page, report)
     _add_retrieval(page, report)
     _add_decision(page, report)
     _add_curves(page, report)
@@ -132,26 +132,29 @@ def _add_figures(page: Page, corner: str, columns: Sequence[str], rows: Mapping[
         )
 
 
-def _add_signatures(page: Page, report: EvaluationReport) -> None:
-    signatures = report.signatures
-    if signatures is None:
+def _add_references(page: Page, report: EvaluationReport) -> None:
+    references = report.references
+    if references is None:
         return
-    page.heading(f"With {signatures.count} references")
+    page.heading(f"With {references.count} references")
     page.paragraph(
-        f"{signatures.enrolled:,} of {signatures.writers:,} writers have more than {signatures.count} genuine images "
-        "and are judged."
+        f"{references.enrolled:,} of {references.identities:,} identities have more than {references.count} genuine "
+        "images and are judged."
     )
-    if not signatures.references:
+    if not references.rules:
         return
+    kinds = ["skilled", "random"] if any(one.kinds for one in references.rules.values()) else [""]
     rows = {
-        rule: [None if kind not in one.kinds else one.kinds[kind].eer for kind in ("skilled", "random")]
-        for rule, one in signatures.references.items()
+        rule: [
+            one.overall.eer if not one.kinds else one.kinds[kind].eer if kind in one.kinds else None for kind in kinds
+        ]
+        for rule, one in references.rules.items()
     }
-    _add_figures(page, "score by", ["EER, skilled", "EER, random"], rows)
-    own = {rule: one.mean_identity_eer for rule, one in signatures.references.items()}
+    _add_figures(page, "score by", [f"EER, {kind}" if kind else "EER" for kind in kinds], rows)
+    own = {rule: one.mean_identity_eer for rule, one in references.rules.items()}
     means = ", ".join(f"{mean:.2%} by {rule}" for rule, mean in own.items() if mean is not None)
-    page.paragraph(f"The mean of the equal error rates of single writers is {means}.")
-    page.paragraph(next(iter(signatures.references.values())).protocol, faint=True)
+    page.paragraph(f"The mean of the equal error rates of single identities is {means}.")
+    page.paragraph(references.protocol, faint=True)
 
 
 def _add_retrieval(page: Page, report: EvaluationReport) -> None:

@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 
 from vitembed import metrics
-from vitembed.errors import ConfigError, DataError
+from vitembed.errors import DataError
 from vitembed.evaluate import Signatures, evaluate_embeddings, evaluate_signatures, signature_pairs
-from vitembed.verify import Verifier
-from vitembed.verify.references import fit_references
 
 
 def signatures(writers=12, genuine=8, forged=6, seed=0):
@@ -51,7 +49,7 @@ def test_few_forgeries_are_all_taken():
 
 def test_the_report_has_both_kinds_of_forgery_and_the_mean_over_writers():
     given = signatures()
-    report = evaluate_signatures(given, draws=2, rounds=10)
+    report = evaluate_signatures(given, rounds=10)
     pairs = signature_pairs(given)
     chosen = pairs.is_match | pairs.skilled
     assert (
@@ -67,56 +65,6 @@ def test_the_report_has_both_kinds_of_forgery_and_the_mean_over_writers():
     assert report.pairs.kinds["skilled"].eer.interval is not None
 
 
-def test_references_are_never_questioned_and_scores_are_their_mean_and_maximum():
-    given = signatures(writers=4, genuine=7, forged=3)
-    report = evaluate_signatures(given, count=5, draws=1, rounds=5)
-    for verification in report.references.values():
-        skilled = verification.kinds["skilled"]
-        random = verification.kinds["random"]
-        assert (skilled.matches, skilled.non_matches) == (4 * 2, 4 * 3)
-        assert random.non_matches == 4 * 21
-    assert list(report.references) == ["mean", "max"]
-    assert report.references["mean"].overall.auc.value > 0.7
-    assert "5 genuine images of each writer" in report.references["mean"].protocol
-    assert report.to_dict()["references"]["count"] == 5
-
-
-def test_a_verifiers_rule_for_references_is_judged_beside_mean_and_maximum():
-    fitted, given = signatures(writers=20, seed=5), signatures(seed=6)
-    references = fit_references(fitted.vectors, fitted.labels, fitted.forgery_of, count=5, far=0.1, rule="centre")
-    report = evaluate_signatures(given, references=references, count=5, draws=2, rounds=5)
-    assert list(report.references) == ["mean", "max", "centre"]
-    assert evaluate_signatures(given, references=references, draws=1, rounds=5).count == 5, "as it was fitted for"
-    assert evaluate_signatures(given, draws=1, rounds=5).count == 6
-    whole = evaluate_embeddings(
-        given.vectors,
-        given.labels,
-        forgery_of=given.forgery_of,
-        verifier=Verifier(references.calibration, references=references),
-    )
-    assert whole.signatures.count == 5
-    assert report.references["centre"].decision.threshold == references.calibration.threshold
-    assert report.references["mean"].decision is None
-
-
-def test_writers_with_few_images_are_left_out_of_references():
-    report = evaluate_signatures(signatures(writers=3, genuine=4), count=6, rounds=5)
-    assert report.references == {}
-    assert (report.writers, report.enrolled) == (3, 0)
-
-
-def test_it_is_told_how_many_writers_have_enough_images_for_references():
-    given = signatures(writers=12)
-    scarce = (given.labels < 4) & (np.arange(len(given.labels)) % 14 >= 6)  # leaves these writers six genuine images
-    kept = ~(scarce & (given.forgery_of < 0))
-    fewer = Signatures(given.vectors[kept], given.labels[kept], given.forgery_of[kept], given.writers)
-    report = evaluate_signatures(fewer, draws=2, rounds=5)
-    assert (report.writers, report.enrolled) == (12, 8)
-    assert report.to_dict()["references"]["enrolled"] == 8
-    assert "(8 of 12 writers; the others are not judged here)" in report.references["mean"].protocol
-    assert len({one.identity for one in report.references["mean"].identities if one.matches}) == 8
-
-
 def test_an_evaluation_with_forgeries_follows_the_protocols():
     given = signatures()
     report = evaluate_embeddings(given.vectors, given.labels, forgery_of=given.forgery_of, names=given.writers)
@@ -125,7 +73,7 @@ def test_an_evaluation_with_forgeries_follows_the_protocols():
     assert report.paired_images == len(np.unique(report.pairs.images))
     assert report.verification.identities[0].identity.startswith("writer")
     assert {"pairs", "references"} <= set(report.definitions)
-    assert set(report.to_dict()["signatures"]["references"]["rules"]) == {"mean", "max"}
+    assert set(report.to_dict()["references"]["rules"]) == {"mean", "max"}
     unnamed = evaluate_embeddings(given.vectors, given.labels, forgery_of=given.forgery_of)
     assert unnamed.verification.eer == report.verification.eer
 
@@ -141,5 +89,3 @@ def test_bad_signatures_are_one_clear_error():
         Signatures(z, np.array(list("aabb")), none, ("a", "b"))
     with pytest.raises(DataError, match="numbers of the 1 writers; got 1"):
         Signatures(z, np.array([0, 0, 1, 1]), none, ("a",))
-    with pytest.raises(ConfigError, match="at least 1"):
-        evaluate_signatures(signatures(), count=0)

@@ -7,7 +7,7 @@ import typer
 from vitembed.cli.output import print_table
 
 if TYPE_CHECKING:
-    from vitembed.evaluate import EvaluationReport, Figure, VerificationReport
+    from vitembed.evaluate import EvaluationReport, Figure, ReferencesReport, VerificationReport
 
 _IDENTITIES = 5  # shown, the worst first
 
@@ -26,14 +26,19 @@ def print_evaluation(report: "EvaluationReport") -> None:
         rows = [_row(f"{few.task.name} accuracy", few.accuracy) for few in report.few_shot]
         _section(f"few-shot, ways x shots ({report.few_shot[0].episodes:,} episodes)", rows)
     _print_verification(report.verification)
-    if report.signatures is not None:
-        enrolled = f"{report.signatures.enrolled:,} of {report.signatures.writers:,} writers have more images"
-        if not report.signatures.references:
-            typer.echo(f"\nno verification with {report.signatures.count} references: {enrolled}")
-        for rule, verification in report.signatures.references.items():
-            heading = f"verification with {report.signatures.count} references, score by {rule} ({enrolled})"
-            _section(heading, [_row(f"eer {kind}", one.eer) for kind, one in verification.kinds.items()])
+    if report.references is not None:
+        _print_references(report.references)
     typer.echo("\n95 % intervals in brackets; --json says what each figure means")
+
+
+def _print_references(report: "ReferencesReport") -> None:
+    enrolled = f"{report.enrolled:,} of {report.identities:,} identities have more images"
+    if not report.rules:
+        typer.echo(f"\nno verification with {report.count} references: {enrolled}")
+    for rule, verification in report.rules.items():
+        kinds = verification.kinds or {"": verification.overall}
+        rows = [_row(f"eer {kind}".strip(), one.eer) for kind, one in kinds.items()]
+        _section(f"verification with {report.count} references, score by {rule} ({enrolled})", rows)
 
 
 def _print_verification(report: "VerificationReport") -> None:

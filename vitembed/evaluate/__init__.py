@@ -19,6 +19,7 @@ from vitembed.evaluate.evaluation import (
 from vitembed.evaluate.few_shot import FewShotReport, Task, evaluate_few_shot
 from vitembed.evaluate.figures import Figure, Interval
 from vitembed.evaluate.mistakes import IdentityErrors, Mistakes, identity_errors, worst_mistakes
+from vitembed.evaluate.references import ReferencesReport, evaluate_references
 from vitembed.evaluate.retrieval import RetrievalReport, evaluate_retrieval
 from vitembed.evaluate.scored import EvaluatedPairs
 from vitembed.evaluate.separation import FARS, Separation
@@ -39,6 +40,7 @@ __all__ = [
     "Labelled",
     "Mistakes",
     "ProbabilityErrors",
+    "ReferencesReport",
     "RetrievalReport",
     "Separation",
     "Side",
@@ -55,6 +57,7 @@ __all__ = [
     "evaluate_gallery",
     "evaluate_given_pairs",
     "evaluate_pairs",
+    "evaluate_references",
     "evaluate_retrieval",
     "evaluate_signatures",
     "evaluate_verification",

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from vitembed import metrics
 from vitembed.errors import ConfigError, DataError
 from vitembed.evaluate.few_shot import FewShotReport, Task, evaluate_few_shot
+from vitembed.evaluate.references import ReferencesReport, evaluate_references
 from vitembed.evaluate.retrieval import RetrievalReport, evaluate_retrieval
 from vitembed.evaluate.scored import EvaluatedPairs, score_pairs
 from vitembed.evaluate.signatures import SignatureReport, Signatures, evaluate_signatures
@@ -55,7 +56,8 @@ class EvaluationReport:
         pairs: what verification was measured on.
         paired_images: how many different images these are of.
         few_shot: one report a task.
-        signatures: the protocols for signatures.
+        signatures: the protocol for signatures.
+        references: decisions by several references of an identity; None for tables of pairs and galleries.
         split: what the images share with those trained on.
         images: those that `pairs` names by number; empty where embeddings were measured.
     """
@@ -66,6 +68,7 @@ class EvaluationReport:
     paired_images: int
     few_shot: tuple[FewShotReport, ...] = ()
     signatures: SignatureReport | None = None
+    references: ReferencesReport | None = None
     split: SplitReport | None = None
     images: Sequence[ImageSource] = field(default=(), repr=False)
 
@@ -75,9 +78,8 @@ class EvaluationReport:
         told = {} if self.retrieval is None else dict(self.retrieval.definitions)
         told |= {f"few-shot {report.task.name}": report.definition for report in self.few_shot}
         told |= self.verification.definitions
-        if self.signatures is not None:
-            rules = list(self.signatures.references.values())
-            told |= {"references": rules[0].protocol} if rules else {}
+        if self.references is not None and self.references.rules:
+            told["references"] = self.references.protocol
         return told
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,6 +90,8 @@ class EvaluationReport:
             document["few_shot"] = [report.to_dict() for report in self.few_shot]
         if self.signatures is not None:
             document["signatures"] = self.signatures.to_dict()
+        if self.references is not None:
+            document["references"] = self.references.to_dict()
         if self.split is not None:
             document["split"] = self.split.to_dict()
         return document | {"definitions": self.definitions}
@@ -160,18 +164,24 @@ def evaluate_embeddings(
     called = _called(labels, names)
     retrieval = evaluate_retrieval(embeddings, called, seed=seed)
     calibration = _calibration(verifier)
+    fitted = None if verifier is None else verifier.references
     if forgery_of is None:
         pairs = EvaluatedPairs.of_set(embeddings, called, max_pairs=max_pairs, seed=seed)
         verification = evaluate_pairs(pairs, calibration=calibration, protocol=ALL_PAIRS, seed=seed)
-        return EvaluationReport(retrieval, verification, pairs, _count_images(pairs))
+        references = evaluate_references(embeddings, called, fitted=fitted, seed=seed)
+        return EvaluationReport(retrieval, verification, pairs, _count_images(pairs), references=references)
     codes = np.asarray(labels)
     if names is None:
         names = [str(code) for code in range(int(codes.max(initial=0)) + 1)] if codes.dtype.kind in "iu" else []
     signatures = Signatures(np.asarray(embeddings), codes, np.asarray(forgery_of), names)
-    references = None if verifier is None else verifier.references
-    measured = evaluate_signatures(signatures, calibration=calibration, references=references, seed=seed)
+    measured = evaluate_signatures(signatures, calibration=calibration, seed=seed)
+    references = evaluate_references(
+        signatures.vectors, signatures.labels, signatures.forgery_of, names=names, fitted=fitted, seed=seed
+    )
     scored = measured.scored
-    return EvaluationReport(retrieval, measured.pairs, scored, _count_images(scored), signatures=measured)
+    return EvaluationReport(
+        retrieval, measured.pairs, scored, _count_images(scored), signatures=measured, references=references
+    )
 
 
 def evaluate_gallery(
