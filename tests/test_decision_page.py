@@ -8,7 +8,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from xml.etree import ElementTree
 
 import numpy as np
@@ -20,7 +20,7 @@ from vitembed.decision_page.pictures import seen_region
 from vitembed.decision_page.scale import draw_scale
 from vitembed.errors import ConfigError, ImageError, VectorError, VitembedError
 from vitembed.preprocess import Preprocess
-from vitembed.verify import Decision, Verifier
+from vitembed.verify import Decision, ReferenceCalibration, Verifier
 from vitembed.verify.calibration import Calibration
 from vitembed.verify.curves import Logistic
 from vitembed.verify.quality import Problem, Quality
@@ -223,11 +223,13 @@ def test_a_reference_that_is_not_kept_is_told_and_still_has_its_score(tmp_path: 
     assert "Reference 2: 0.900" in page.text
 
 
-@pytest.mark.parametrize(("of_pairs", "term"), [(True, "genuine pairs"), (False, "genuine images")])
-def test_rates_of_pairs_are_not_said_of_references(tmp_path: Path, of_pairs: bool, term: str) -> None:
-    verifier = Verifier(CALIBRATION if of_pairs else BAND)
-    page = written(tmp_path, REFERENCES, [ink()], references=[ink()], identity="alice", verifier=verifier)
-    assert f"of 1,000 {term} about 62" in page.text
+def test_rates_of_pairs_are_not_said_of_references(tmp_path: Path) -> None:
+    decided = {"images": [ink()], "references": [ink()], "identity": "alice"}
+    page = written(tmp_path, REFERENCES, **decided, verifier=Verifier(CALIBRATION))
+    assert "How often such a decision errs is not known" in page.text
+    assert "of 1,000" not in page.text
+    fitted = Verifier(CALIBRATION, references=cast(ReferenceCalibration, object()))
+    assert "of 1,000 genuine images about 62" in written(tmp_path, REFERENCES, **decided, verifier=fitted).text
 
 
 def test_more_references_than_a_page_shows_are_counted(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@
 A skilled forgery of a writer gets a name, and so a class, of its own: `WRITER/forged/FILE`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,12 +50,20 @@ def names_of_folders(root: Path, paths: Sequence[Path]) -> Names:
             "folders if they hold no forgeries"
         )
     names = [path.parent.relative_to(root).as_posix() for path in paths]
-    if {name.casefold() for name in names} == {GENUINE, FORGED}:
-        raise DataError(f"{root} is the folder of one writer; name the folder above it")
     if "." in names:
         loose = paths[names.index(".")]
         raise DataError(f"{loose} lies in no class; expected {root}/CLASS/IMAGE: make one folder a class")
     return Names(names, [None] * len(names))
+
+
+def require_identities(root: Path, classes: Iterable[str]) -> None:
+    """Refuse the folder of one writer, whose genuine and forged images would be taken for two people.
+
+    Raises:
+        DataError: the only classes are genuine and forged.
+    """
+    if {name.casefold() for name in classes} == {GENUINE, FORGED}:
+        raise DataError(f"{root} is the folder of one writer; name the folder above it")
 
 
 def names_of_signatures(root: Path, paths: Sequence[Path]) -> Names:

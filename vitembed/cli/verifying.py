@@ -19,6 +19,7 @@ from vitembed.cli.evaluating import HeldOut, is_pairs, load_labelled, read_pairs
 from vitembed.cli.models import MODEL, location_of, open_model
 from vitembed.cli.output import BatchSize, Device, Json, Seed, print_figures, print_json, warn
 from vitembed.errors import ConfigError
+from vitembed.layouts import require_identities
 
 if TYPE_CHECKING:
     from vitembed.embedder import Embedder
@@ -190,6 +191,7 @@ def _fitted(
             raise ConfigError(f"--held-out goes with a folder; {data} names its pairs itself")
         return Verifier.fit(model, read_pairs(data), **settings), None
     dataset = load_labelled(model, data, held_out)
+    require_identities(data, dataset.classes)
     whom = dataset.forgery_of
     settings |= {"count": enrolled, "max_pairs": max_pairs, "seed": seed}
     return fit_labelled(model, dataset.images, dataset.labels, whom, **settings)

@@ -136,7 +136,7 @@ def write_decision_page(
     gallery = draw_references(references, reference_scores, preprocess, digits) if references else ""
     owner = "References" if identity is None else f"References of {identity}"
     page.add(draw_pair(shown, gallery if len(shown) == 1 else "", owner))
-    terms = _terms(people, identity, calibration, verifier)
+    terms = Terms.of_pairs(people) if identity is None else Terms.of_references(people)
     known = identity is None or verifier is None or verifier.references is not None
     _add_reasons(page, decision, calibration, terms if known else None, "" if verifier is None else verifier.created)
     _add_scale(page, decision, calibration, reference_scores)
@@ -210,12 +210,6 @@ def _add_reasons(page: Page, decision: Decided, calibration: Calibration, terms:
         errors = " ".join(how_often_it_errs(calibration, terms, created))
         paragraphs = [place, errors, how_probable(decision.probability, calibration.prior, decision.verdict)]
     page.add(f"<div class=reasons>{''.join(f'<p>{html.escape(text)}</p>' for text in paragraphs)}</div>")
-
-
-def _terms(people: str, identity: str | None, calibration: Calibration, verifier: Verifier | None) -> Terms:
-    """Return the terms of what was calibrated: a verifier of pairs may also have judged an identity's references."""
-    of_pairs = identity is None or (verifier is not None and calibration == verifier.calibration)
-    return Terms.of_pairs(people) if of_pairs else Terms.of_references(people)
 
 
 def _facts(

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from vitembed.errors import ConfigError, DataError
 from vitembed.images import ImageSource, list_images
-from vitembed.layouts import names_of_folders, names_of_signatures
+from vitembed.layouts import names_of_folders, names_of_signatures, require_identities
 
 COLUMNS = ("left", "right", "match")
 KIND = "kind"  # a column that a table of pairs may have
@@ -141,6 +141,7 @@ class Pairs:
         base = Path(root)
         images = list_images(base)
         names = names_of_folders(base, images)
+        require_identities(base, names.classes)
         return cls.from_labels(images, names.classes, names.forgery_of, max_pairs=max_pairs, seed=seed)
 
     @classmethod
