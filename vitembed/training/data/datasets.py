@@ -22,6 +22,7 @@ from vitembed.images import ImageSource, list_images
 from vitembed.layouts import Names, names_of_folders, names_of_signatures
 from vitembed.training.data.labels import name_numbers, names_of_labels
 from vitembed.training.data.lazy import LazyImages
+from vitembed.training.data.rotations import TurnedImages
 from vitembed.training.data.splits import leaked_classes, of_classes, pick_classes, pick_images
 from vitembed.training.data.tables import read_table
 
@@ -98,7 +99,7 @@ class ImageDataset:
         """Read `folder/class/image.jpg`: the class of an image is the folder that holds it.
 
         Folders may be nested: `letters/greek/alpha/01.png` is of the class `greek/alpha` of `letters`. Where every
-        image lies in `WRITER/genuine` or `WRITER/forged`, it is read as by `from_signatures`.
+        image is a signature in a layout of `from_signatures`, the folder is read by that.
 
         Raises:
             DataError: if there are no images, images that lie in no class, or a writer's genuine and forged images
@@ -112,10 +113,13 @@ class ImageDataset:
     def from_signatures(cls, folder: str | os.PathLike[str]) -> "ImageDataset":
         """Read `folder/WRITER/genuine/image.png` and `folder/WRITER/forged/image.png`, others imitating the writer.
 
-        The classes are `WRITER`, and `WRITER/forged/image.png` for each forgery.
+        The classes are `WRITER`, and `WRITER/forged/image.png` for each forgery. The layout of CEDAR (Kalera, Srihari
+        and Xu 2004) is read as well: `folder/full_org/original_7_1.png` and `folder/full_forg/forgeries_7_1.png` are of
+        the writer `7`.
 
         Raises:
-            DataError: if there are no images, images that lie elsewhere, or forgeries of a writer without genuine ones.
+            DataError: if there are no images, images that lie elsewhere, forgeries of a writer without genuine ones, or
+                a writer in both layouts.
         """
         root = Path(folder)
         paths = list_images(root)
@@ -199,6 +203,25 @@ class ImageDataset:
         """Return the images of the named classes, with the forgeries of them; None if there are none."""
         chosen = of_classes(self.labels, self._writers, self._numbers(names))
         return self.subset(chosen) if chosen.any() else None
+
+    def with_rotations(self) -> "ImageDataset":
+        """Return the images and, as further classes, the same turned by 90, 180 and 270 degrees.
+
+        Four times as many classes to tell apart, as in the few-shot protocols of Omniglot (Santoro et al. 2016,
+        arXiv:1605.06065, section 4.1; Vinyals et al. 2016, arXiv:1606.04080, section 4.1.1). A class named `a` becomes
+        `a`, `a@90`, `a@180` and `a@270`, counter-clockwise; a forgery imitates the writer who is turned as it is.
+        Hold classes out before, not after, or turned images of them are trained on.
+        """
+        count, classes = len(self), len(self.classes)
+        turn = np.arange(4).repeat(count)
+        labels, writers = np.tile(self.labels, 4), np.tile(self._writers, 4)
+        return ImageDataset(
+            images=TurnedImages(self.images, [(position, 90 * by) for by in range(4) for position in range(count)]),
+            labels=labels + classes * turn,
+            classes=tuple(f"{name}@{90 * by}" if by else name for by in range(4) for name in self.classes),
+            is_validation=None if self.is_validation is None else np.tile(self.is_validation, 4),
+            forgery_of=np.where(writers >= 0, writers + classes * turn, -1),
+        )
 
     def split(
         self, validation: Validation, *, share: float, seed: int, again: Collection[str] = ()
