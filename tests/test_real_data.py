@@ -15,7 +15,7 @@ from vitembed.preprocess import Preprocess
 from vitembed.training import Augment, ImageDataset, TrainConfig, TripletLoss, train
 
 DATA = Path(os.environ.get("VITEMBED_DATA", "missing"))
-ALPHABETS = ("Balinese", "Early_Aramaic", "Greek", "Korean", "Latin")
+ALPHABETS = ("Balinese", "Early_Aramaic", "Greek", "Korean")
 
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="VITEMBED_DATA names no folder")
 
@@ -26,11 +26,11 @@ def extract(name: str, folder: Path, keep: tuple[str, ...]) -> Path:
     return folder
 
 
-def test_letters_never_seen_are_told_apart_after_a_minute_of_training(tmp_path: Path) -> None:
+def test_letters_never_seen_are_told_apart_after_seconds_of_training(tmp_path: Path) -> None:
     dataset = ImageDataset.load(extract("omniglot_background", tmp_path / "letters", ALPHABETS))
     unseen = np.array([name.startswith("Korean") for name in dataset.classes])[dataset.labels]
     known, held = dataset.subset(~unseen), dataset.subset(unseen)
-    model = Embedder.create("N/4", preprocess=Preprocess.grey((28, 28)), stem="conv", pooling="mean", device="cpu")
+    model = Embedder.create("N/8", preprocess=Preprocess.grey((32, 32)), stem="conv", pooling="mean", device="cpu")
     before = evaluate_embeddings(model.encode(held.images), held.labels)
     config = TrainConfig(
         epochs=2, classes_per_batch=24, images_per_class=4, augment=Augment.named("ink"), validation="none", workers=2

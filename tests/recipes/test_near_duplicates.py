@@ -4,9 +4,9 @@ import csv
 import hashlib
 import re
 import runpy
-import sys
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitembed import Embedder, Hit, Index, Preprocess, sync
+from vitembed import Embedder, Hit, Index, sync
 from vitembed.errors import VerifierError
 from vitembed.index import Record
 
@@ -31,27 +31,9 @@ def names() -> dict[str, Any]:
 
 
 @pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Recipe:
-    """Run the recipe as its command line does, and return its exit status and what it printed."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["near_duplicates.py", *map(str, arguments)])
-        capsys.readouterr()
-        status = 0
-        try:
-            runpy.run_path(str(FILE), run_name="__main__")
-        except SystemExit as stopped:
-            status = int(stopped.code or 0)
-        return status, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "random"
-    Embedder.create("N/8", preprocess=Preprocess((32, 32)), stem="conv", seed=1).save_pretrained(folder)
-    return folder
+def recipe(run_recipe: Recipe) -> Recipe:
+    """Run the recipe, and return its exit status and what it printed."""
+    return partial(run_recipe, "near_duplicates.py")
 
 
 def texture(seed: int) -> Image.Image:

@@ -1,9 +1,8 @@
 """The recipe of photo search: what a run embeds, what files say of themselves, what is found, errors of one line."""
 
 import json
-import runpy
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +18,9 @@ Recipe = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Recipe:
-    """Run the recipe as its command line does, and return its exit status and what it printed."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["photo_search.py", *map(str, arguments)])
-        capsys.readouterr()
-        status = 0
-        try:
-            runpy.run_path(str(FILE), run_name="__main__")
-        except SystemExit as stopped:
-            status = int(stopped.code or 0)
-        return status, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "random"
-    Embedder.create("N/8", preprocess=Preprocess((32, 32)), stem="conv", seed=1).save_pretrained(folder)
-    return folder
+def recipe(run_recipe: Recipe) -> Recipe:
+    """Run the recipe, and return its exit status and what it printed."""
+    return partial(run_recipe, "photo_search.py")
 
 
 def texture(seed: int) -> Image.Image:
