@@ -285,9 +285,10 @@ class Embedder:
         nothing of those, and has the defaults, as `provenance` then tells.
 
         Args:
-            name: a folder that `save_pretrained` wrote, or a hub id of such; or what
-                `vitembed.weights.load_checkpoint` takes: "torchvision:vit_b_16", "timm:vit_small_patch16_224.dino",
-                a hub id, a folder of transformers, a file.
+            name: "ink", the model of handwritten characters that ships with vitembed; a folder that `save_pretrained`
+                wrote, or a hub id of such; or what `vitembed.weights.load_checkpoint` takes: "torchvision:vit_b_16",
+                "timm:vit_small_patch16_224.dino", a hub id, a folder of transformers, a file. Where the current folder
+                has a model `ink` of its own, "ink" is still the one that ships, with a warning; the other is "./ink".
             device: as for the class.
             precision: as for the class.
             compile: as for the class.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vitembed.cli.evaluating import expand_folders
-from vitembed.cli.models import MODEL, find_model, location_of, open_model
+from vitembed.cli.indexes import open_index
+from vitembed.cli.models import DEFAULT, MODEL, find_model, location_of, open_model
 from vitembed.cli.output import BatchSize, Device, IndexPath, Json, print_figures, print_json, print_table, warn
 from vitembed.errors import ConfigError
 
@@ -28,17 +29,27 @@ index_app = typer.Typer(no_args_is_help=True, help="Make an index of images, kee
 @index_app.command()
 def create(
     index: IndexPath,
-    model: Annotated[str, typer.Option(help=f"The model whose embeddings it will hold. {MODEL}")],
+    model: Annotated[
+        str | None, typer.Option(help=f"The model whose embeddings it will hold. {MODEL} By default {DEFAULT}.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Make an empty index for the embeddings of a model.
+    """Make an empty index for the embeddings of a model; for vectors of your own use `import`.
 
     Example: vitembed index create photos.index --model runs/photos
+
+    Example: vitembed index create letters.index
     """
     from vitembed.index import Index
 
-    embedder = open_model(model)
-    with Index.create(index, embedder.dim, embedder.fingerprint, location=location_of(model)) as made:
+    name = DEFAULT if model is None else model
+    embedder = open_model(name)
+    with Index.create(index, embedder.dim, embedder.fingerprint, location=location_of(name)) as made:
+        if model is None:
+            warn(
+                f"no --model was given: {index} is for embeddings of {DEFAULT}, the model of handwritten characters "
+                "that ships with vitembed; for photos or signatures name a model of your own"
+            )
         _print_info(made, json)
 
 
@@ -57,10 +68,9 @@ def add(
 
     Example: vitembed index add photos.index new.jpg
     """
-    from vitembed.index import Index
     from vitembed.index.inputs import checked_ids
 
-    with Index.open(index) as opened:
+    with open_index(index) as opened:
         embedder = _model_of(opened, model, device)
         # Absolute, as `sync` has paths below its folder: neither depends on where one stands, nor meets the other's.
         named = {Path(os.path.normpath(path.absolute())).as_posix(): path for path in expand_folders(images)}

@@ -1,5 +1,6 @@
 """Opening a model on the command line: whatever names one, and where an index or a verifier finds its own."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,8 @@ from vitembed.errors import CheckpointError
 if TYPE_CHECKING:
     from vitembed.embedder import Embedder
 
-MODEL = "A model's folder, or a name such as torchvision:vit_b_16 or a hub id."
+MODEL = "A model's folder, or a name: ink, which ships with vitembed, torchvision:vit_b_16 and the like, or a hub id."
+DEFAULT = "ink"  # the model where none is named
 
 
 def open_model(name: str, device: str | None = None) -> "Embedder":
@@ -22,7 +24,11 @@ def open_model(name: str, device: str | None = None) -> "Embedder":
 
     if not name:
         raise CheckpointError("the name of the model is empty")
-    model = Embedder.from_pretrained(name, device=device)
+    with warnings.catch_warnings(record=True) as told:  # one line each, as everything that is said here
+        warnings.simplefilter("always", UserWarning)
+        model = Embedder.from_pretrained(name, device=device)
+    for warning in told:
+        warn(str(warning.message))
     for note in model.provenance.get("notes", ()):
         warn(f"{name}: {note}")
     return model
@@ -30,8 +36,10 @@ def open_model(name: str, device: str | None = None) -> "Embedder":
 
 def location_of(name: str) -> str:
     """Return what to record of a model: the absolute path of a folder or file, any other name as it is."""
+    from vitembed.weights import SHIPPED
+
     path = Path(name)
-    return str(path.absolute()) if path.exists() else name
+    return str(path.absolute()) if name not in SHIPPED and path.exists() else name
 
 
 def find_model(owner: Path, recorded: str | None, given: str | None) -> str:

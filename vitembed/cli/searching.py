@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vitembed.cli.indexes import open_index
 from vitembed.cli.models import find_model, open_model
 from vitembed.cli.output import Device, IndexPath, Json, print_json, print_table, write_sheet
 from vitembed.errors import ConfigError
@@ -55,11 +56,9 @@ def search(
 
     Example: vitembed search photos.index --id cats/1.jpg --id cats/2.jpg --together --where year>=2020 --html cats.html
     """
-    from vitembed.index import Index
-
     if not queries and not ids and vectors is None:
         raise ConfigError("there is nothing to search with; name images, or give --id or --vectors")
-    with Index.open(index) as opened, atomic_path(html) if html else nullcontext() as page:
+    with open_index(index) as opened, atomic_path(html) if html else nullcontext() as page:
         names, shown, embedded = _queries(opened, queries or [], ids or [], vectors, model, device)
         found = _search(opened, embedded, ids or [], together, k, _filter(where or []), recall)
         if page:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vitembed.cli.indexes import open_index
 from vitembed.cli.models import MODEL, find_model, location_of, open_model
 from vitembed.cli.output import BatchSize, Device, IndexPath, Json, Workers, print_figures, print_json, warn
 
@@ -39,10 +40,9 @@ def sync(
     """
     from dataclasses import asdict
 
-    from vitembed.index import Index
     from vitembed.index import sync as sync_folder
 
-    with Index.open(index) as opened:
+    with open_index(index) as opened:
         embedder = open_model(find_model(opened.path, opened.location, model), device)
         with _goes_on(opened, "sync"):
             report = sync_folder(

@@ -1,5 +1,6 @@
 """`vitembed calibrate` and `vitembed verify`: a threshold with a known error rate, and decisions by it."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,14 +10,15 @@ from vitembed.cli.decisions import (
     STATUS,
     ModelFolder,
     ReferencesFolder,
-    VerifierFile,
     judge_ink,
+    open_default_verifier,
     open_verifier,
     print_decision,
+    say_default,
 )
 from vitembed.cli.enrolling import verify_identity
 from vitembed.cli.evaluating import HeldOut, is_pairs, load_labelled, read_pairs
-from vitembed.cli.models import MODEL, location_of, open_model
+from vitembed.cli.models import DEFAULT, MODEL, location_of, open_model
 from vitembed.cli.output import BatchSize, Device, Json, Seed, print_figures, print_json, warn
 from vitembed.errors import ConfigError
 from vitembed.layouts import require_identities
@@ -93,7 +95,13 @@ def calibrate(
 
 def verify(
     images: Annotated[list[Path], typer.Argument(help="Two images; with --identity the questioned one alone.")],
-    verifier: VerifierFile,
+    verifier: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file that `vitembed calibrate` wrote; without one, the model of handwritten characters and the "
+            "threshold that ship with vitembed."
+        ),
+    ] = None,
     identity: Annotated[
         str | None, typer.Option(metavar="NAME", help="Decide from the references of this enrolled identity.")
     ] = None,
@@ -109,6 +117,8 @@ def verify(
 
     Example: vitembed verify a.png b.png --verifier photos.verifier --html decision.html
 
+    Example: vitembed verify letter.png another.png
+
     Example: vitembed verify --identity alice questioned.png --verifier photos.verifier
     """
     wanted = 2 if identity is None else 1
@@ -116,6 +126,11 @@ def verify(
         instead = "" if identity is None else f" beside --identity {identity}"
         raise ConfigError(f"expected {wanted} image{'s' * (wanted > 1)}{instead}; got {len(images)}")
     if identity is not None:
+        if verifier is None:
+            raise ConfigError(
+                "--identity needs --verifier: references belong to a verifier of your own; make one with: "
+                "vitembed calibrate MODEL DATA --out FILE, and then vitembed enroll"
+            )
         return verify_identity(
             identity, images[0], verifier, references=references, model=model, device=device, html=html, json=json
         )
@@ -125,33 +140,38 @@ def verify(
 
 
 def _verify_pair(
-    images: list[Path], path: Path, model: str | None, device: str | None, html: Path | None, json: bool
+    images: list[Path], path: Path | None, model: str | None, device: str | None, html: Path | None, json: bool
 ) -> int:
-    """Decide on two images, print it, and return the exit status."""
-    verifier, embedder = open_verifier(path, model, device)
+    """Decide on two images, by the verifier that ships where none is named; print it, and return the exit status."""
+    verifier, embedder = open_default_verifier(model, device) if path is None else open_verifier(path, model, device)
     decision = verifier.compare(*images)
     quality = judge_ink(embedder, images)
+    people = "characters" if path is None else None
+    said = (say_default(verifier.calibration),) if path is None else ()
+    noted = replace(decision, notes=(*decision.notes, *said))
     if html is not None:
         from vitembed.decision_page import write_decision_page
         from vitembed.explain import explain_pair
 
         write_decision_page(
             html,
-            decision,
+            noted,
             images,
             calibration=verifier.calibration,
             shared=explain_pair(embedder, *images),
             quality=quality,
             preprocess=embedder.preprocess,
             verifier=verifier,
+            people=people,
         )
     if json:
-        from dataclasses import asdict
-
         texts = [problem.text for one in quality for problem in one.problems]
-        print_json({**asdict(decision), "notes": [*decision.notes, *texts]})
+        named = DEFAULT if path is None else str(path)
+        print_json({**asdict(noted), "notes": [*noted.notes, *texts], "verifier": named})
     else:
-        print_decision(decision, verifier.calibration, verifier.created, quality)
+        print_decision(decision, verifier.calibration, verifier.created, quality, people=people or "identities")
+        for line in said:
+            typer.echo(line)
     return STATUS[decision.verdict]
 
 

@@ -9,6 +9,7 @@ from vitembed.verify.pairs import Pairs
 from vitembed.verify.reference_decisions import EnrolmentReport, Identification, ReferenceDecision
 from vitembed.verify.references import ReferenceCalibration, fit_references
 from vitembed.verify.thresholds import impostors_needed
+from vitembed.verify.transfer import transfer
 from vitembed.verify.unseen import predicted_far_interval
 from vitembed.verify.verifier import Decision, Encoder, Verifier
 
@@ -33,4 +34,5 @@ __all__ = [
     "fit_references",
     "impostors_needed",
     "predicted_far_interval",
+    "transfer",
 ]

@@ -3,6 +3,7 @@
 from vitembed.weights.checkpoint import Checkpoint
 from vitembed.weights.export import timm_arguments, timm_state
 from vitembed.weights.load import load_checkpoint, saved_model_at
+from vitembed.weights.shipped import SHIPPED, shipped_folder, shipped_verifier
 from vitembed.weights.store import (
     fingerprint,
     is_ours,
@@ -14,6 +15,7 @@ from vitembed.weights.store import (
 )
 
 __all__ = [
+    "SHIPPED",
     "Checkpoint",
     "fingerprint",
     "is_ours",
@@ -24,6 +26,8 @@ __all__ = [
     "read_saved_model",
     "save_weights",
     "saved_model_at",
+    "shipped_folder",
+    "shipped_verifier",
     "timm_arguments",
     "timm_state",
 ]

@@ -1,7 +1,8 @@
 """A name becomes files on this machine: folders, files, torchvision's weights, models of the Hugging Face hub.
 
-Nothing is guessed twice: a path that exists is that path; "torchvision:", "timm:" and "hf-hub:" say what follows; any
-other "owner/name" is a model of the hub, through its cache, also without a network (HF_HUB_OFFLINE=1).
+Nothing is guessed twice: "ink" is the model that ships with vitembed, wherever it is asked for; a path that exists is
+that path; "torchvision:", "timm:" and "hf-hub:" say what follows; any other "owner/name" is a model of the hub, through
+its cache, also without a network (HF_HUB_OFFLINE=1).
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from torch import Tensor
 from vitembed.errors import CheckpointError, MissingExtraError, unknown_name
 from vitembed.weights import configs, processing
 from vitembed.weights.checkpoint import Described
+from vitembed.weights.shipped import SHIPPED, shipped_folder, warn_of_namesake
 from vitembed.weights.store import is_saved_model
 from vitembed.weights.tensors import FILE_GROUPS, SUFFIXES
 
@@ -49,8 +51,10 @@ def resolve(name: str | os.PathLike[str]) -> Source:
     """Find what a name stands for, and fetch it if it lies on the hub.
 
     Args:
-        name: a folder or file; "torchvision:vit_b_16" or "torchvision:vit_b_16:IMAGENET1K_SWAG_E2E_V1";
-            "timm:vit_small_patch16_224.dino"; "owner/name" or "hf-hub:owner/name", with "@revision" if wanted.
+        name: "ink", which ships with vitembed; a folder or file; "torchvision:vit_b_16" or
+            "torchvision:vit_b_16:IMAGENET1K_SWAG_E2E_V1"; "timm:vit_small_patch16_224.dino"; "owner/name" or
+            "hf-hub:owner/name", with "@revision" if wanted. A model in a local folder `ink` is "./ink" or a `Path`;
+            "ink" alone stays the one that ships, so that what an index records means the same everywhere, and warns.
 
     Raises:
         CheckpointError: if there is no such thing, or the hub cannot be reached and its cache does not have it.
@@ -62,13 +66,17 @@ def resolve(name: str | os.PathLike[str]) -> Source:
         return _hub(f"timm/{_with_tag(text.removeprefix(_TIMM))}", text)
     if text.startswith(_HUB):
         return _hub(text.removeprefix(_HUB), text)
+    if isinstance(name, str) and name in SHIPPED:
+        warn_of_namesake(name)
+        return Source(text, shipped_folder(name))
     path = Path(text)
     if path.exists():
         return Source(text, path)
     if isinstance(name, str) and _HUB_ID.fullmatch(text) and path.suffix not in SUFFIXES:
         return _hub(text, text)
     what = "file" if path.suffix in SUFFIXES else "model folder"
-    raise CheckpointError(f"there is no {what} {text}; train one with: vitembed train DATA --out {text}")
+    known = f"or name one that ships with vitembed: {', '.join(SHIPPED)}"
+    raise CheckpointError(f"there is no {what} {text}; train one with: vitembed train DATA --out {text}; {known}")
 
 
 def torchvision_state(source: Source) -> Mapping[str, Tensor]:
