@@ -1,0 +1,168 @@
+"""Three published protocols of Omniglot, by which `omniglot.py` judges: one-shot runs, few-shot episodes, pairs.
+
+One-shot runs within an alphabet: Lake, Salakhutdinov and Tenenbaum 2015 (Science 350) and 2019 (arXiv:1902.03477).
+Episodes of characters of any alphabet, rotations being classes: Vinyals et al. 2016 (arXiv:1606.04080). Verification of
+pairs: Koch, Zemel and Salakhutdinov 2015, "Siamese neural networks for one-shot image recognition".
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vitembed import metrics
+from vitembed.embedder import Embedder
+from vitembed.errors import DataError
+from vitembed.images import ImageSource
+from vitembed.training import Augment, ImageDataset
+
+WAYS, TRIALS = 20, 200  # characters of a run; runs drawn for each alphabet
+TASKS, QUERIES = ((20, 1), (20, 5), (5, 1), (5, 5)), 5  # ways and shots; images of a class that are named
+VIEWS, CHANGES = 9, Augment.named("ink")  # of an image that are embedded, and how all but the first are changed
+PAIRS = 2000  # of each alphabet, half of them of one character
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """Drawings of characters.
+
+    Attributes:
+        images: whose classes are ALPHABET/CHARACTER.
+        drawers: (N,) who drew each.
+    """
+
+    images: ImageDataset
+    drawers: NDArray[np.int64]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Drawings":
+        """Read ALPHABET/CHARACTER/CCCC_DRAWER.png, after a download by torchvision if there is no such folder."""
+        if not folder.exists():
+            from torchvision.datasets import Omniglot
+
+            try:
+                Omniglot(str(folder), background=True, download=True)
+            except (OSError, RuntimeError) as error:
+                raise DataError(f"{folder} does not exist, and Omniglot cannot be downloaded: {error}") from error
+            folder = folder / "omniglot-py" / "images_background"
+        images = ImageDataset.from_folder(folder)
+        drawers = [Path(str(path)).stem.rpartition("_")[2] for path in images.images]
+        if not all(drawer.isdecimal() for drawer in drawers) or "/" not in images.classes[0]:
+            raise DataError(f"{folder} is not Omniglot's: expected images ALPHABET/CHARACTER/CCCC_DRAWER.png")
+        return cls(images, np.array(drawers, dtype=np.int64))
+
+    @property
+    def alphabet(self) -> NDArray[np.str_]:
+        """(N,) the alphabet of each image."""
+        return np.array([name.split("/")[0] for name in self.images.classes])[self.images.labels]
+
+    @property
+    def alphabets(self) -> list[str]:
+        """The names of the alphabets, sorted."""
+        return np.unique(self.alphabet).tolist()
+
+    def of(self, alphabets: Sequence[str]) -> "Drawings":
+        """Return the drawings of some alphabets."""
+        if missing := sorted(set(alphabets) - set(self.alphabets)):
+            raise DataError(f"no alphabet {missing[0]!r} here; there are {', '.join(self.alphabets)}")
+        chosen = np.isin(self.alphabet, alphabets)
+        return Drawings(self.images.subset(chosen), self.drawers[chosen])
+
+
+def judge(model: Embedder, drawings: Drawings) -> dict[str, float]:
+    """Return the figures of all protocols on characters that the model never saw."""
+    vectors = model.encode(drawings.images.images, batch_size=256, workers=0)
+    turned = drawings.images.with_rotations()
+    of_turned = model.encode(turned.images, batch_size=256, workers=0)
+    by_views = mean_of_views(model, drawings.images.images)
+    name = f"within-alphabet {WAYS}-way one-shot error"
+    figures = {name: one_shot_error(vectors, drawings), f"{name}, {VIEWS} views": one_shot_error(by_views, drawings)}
+    for ways, shots in TASKS:
+        accuracy = metrics.few_shot_accuracy(of_turned, turned.labels, ways, shots, queries=QUERIES, episodes=1000)
+        figures[f"{ways}-way {shots}-shot accuracy"] = float(accuracy.mean())
+    return figures | {"verification accuracy": verification_accuracy(vectors, drawings)}
+
+
+def mean_of_views(model: Embedder, images: Sequence[ImageSource]) -> NDArray[np.float32]:
+    """Return the mean embeddings (N, D), of length 1, of images as they are and changed as in training, by seed."""
+    pixels = torch.from_numpy(np.stack([model.preprocess(image) for image in images]))
+    generator = torch.Generator().manual_seed(0)
+    total = np.zeros((len(pixels), model.dim), dtype=np.float32)
+    for view in range(VIEWS):
+        changed = CHANGES(pixels, generator) if view else pixels
+        with torch.inference_mode():
+            parts = [model.network(part.to(model.device)).cpu().numpy() for part in changed.split(256)]
+        total += np.concatenate(parts)
+    return total / np.linalg.norm(total, axis=1, keepdims=True)
+
+
+def one_shot_error(vectors: NDArray[np.float32], drawings: Drawings) -> float:
+    """Return the share of wrong names in runs of one alphabet, two drawers and 20 characters, drawn by seed.
+
+    One drawer's images are the examples, the other's are named after the nearest of them: Lake's protocol. Alphabets of
+    fewer characters have no runs; the others count alike.
+    """
+    rng, labels, errors = np.random.default_rng(0), drawings.images.labels, []
+    place = {(label, drawer): at for at, (label, drawer) in enumerate(zip(labels, drawings.drawers, strict=True))}
+    for alphabet in drawings.alphabets:
+        characters = np.unique(labels[drawings.alphabet == alphabet])
+        for _ in range(TRIALS if len(characters) >= WAYS else 0):
+            pair = rng.choice(np.unique(drawings.drawers), 2, replace=False)
+            drawn = rng.choice(characters, WAYS, replace=False)
+            examples, asked = (vectors[[place[label, drawer] for label in drawn]] for drawer in pair)
+            errors.append(error_of_run(asked @ examples.T, np.arange(WAYS)))
+    if not errors:
+        raise DataError(f"no alphabet that is held out has {WAYS} characters, as many as a one-shot run takes")
+    return float(np.mean(errors))
+
+
+def error_of_run(scores: NDArray[np.float32], truth: NDArray[np.int64]) -> float:
+    """Return the share of the queries (rows) whose best example (column) is not the true one; a tie is wrong."""
+    right = scores[np.arange(len(truth)), truth]
+    return float(np.mean((scores >= right[:, None]).sum(axis=1) > 1))
+
+
+def published_runs_error(model: Embedder, folder: Path) -> float:
+    """Return the error over the runs of all_runs.zip: runNN/class_labels.txt has lines "TEST_IMAGE TRAINING_IMAGE"."""
+    errors = []
+    for listing in sorted(folder.glob("run*/class_labels.txt")):
+        rows = [line.split() for line in listing.read_text().splitlines() if line.strip()]
+        examples = sorted({example for _, example in rows})
+        vectors = model.encode([folder / name for name in [*(asked for asked, _ in rows), *examples]], workers=0)
+        truth = np.array([examples.index(example) for _, example in rows])
+        errors.append(error_of_run(vectors[: len(rows)] @ vectors[len(rows) :].T, truth))
+    if not errors:
+        raise DataError(f"{folder} holds no runs: expected run01/class_labels.txt and so on, as in all_runs.zip")
+    return float(np.mean(errors))
+
+
+def verification_accuracy(vectors: NDArray[np.float32], drawings: Drawings) -> float:
+    """Return the share of pairs that a threshold tells right: Koch's protocol.
+
+    Half of the pairs are two drawings of one character, half are of two characters of one alphabet, always by two
+    drawers. The pairs of an alphabet are judged at the threshold that is best for those of the others.
+    """
+    rng, right = np.random.default_rng(0), []
+    scores = {name: draw_pairs(vectors, drawings, name, rng) for name in drawings.alphabets}
+    for name, (same, different) in scores.items():
+        others = [scores[other] for other in scores if other != name]
+        alike, unlike = (np.sort(np.concatenate(kind)) for kind in zip(*others, strict=True))
+        best = max(alike, key=lambda at: np.searchsorted(unlike, at) - np.searchsorted(alike, at))
+        right += [*(same >= best), *(different < best)]
+    return float(np.mean(right))
+
+
+def draw_pairs(
+    vectors: NDArray[np.float32], drawings: Drawings, alphabet: str, rng: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the scores of PAIRS / 2 pairs of one character, and of as many of two characters of an alphabet."""
+    of_alphabet = np.flatnonzero(drawings.alphabet == alphabet)
+    left, right = rng.choice(of_alphabet, (2, 200 * PAIRS))
+    is_same = drawings.images.labels[left] == drawings.images.labels[right]
+    by_two = drawings.drawers[left] != drawings.drawers[right]
+    same, different = (np.flatnonzero(kind & by_two)[: PAIRS // 2] for kind in (is_same, ~is_same))
+    score = np.einsum("pd,pd->p", vectors[left[np.r_[same, different]]], vectors[right[np.r_[same, different]]])
+    return score[: len(same)], score[len(same) :]
