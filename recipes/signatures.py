@@ -1,0 +1,144 @@
+"""Signature verification for writers never seen: skilled forgeries as negatives, error rates by pairs and references.
+
+Papers: triplet loss, Schroff et al. 2015 (arXiv:1503.03832); skilled forgeries of some writers in training, to tell
+those of others, Hafemann et al. 2017 (arXiv:1705.05787).
+
+    python recipes/signatures.py --data signatures --out runs/signatures
+    vitembed train images_background --arch N/8 --image-size 64 --ink --out runs/omniglot
+    python recipes/signatures.py --data signatures --out runs/from-omniglot --init runs/omniglot --held-out 047 048
+
+Data: WRITER/genuine and WRITER/forged, such as the Dutch signatures of SigComp2011 (Liwicki et al., ICDAR 2011), or
+CEDAR's full_org and full_forg (Kalera et al. 2004). The named writers, or the last nine, are held out and judged. Nine
+others, drawn by seed, calibrate a verifier and are not trained on either; --calibrate 0 trains on them, too. Choose
+settings on one set of held-out writers and report another. The network sees the ink alone, cut out of its ground. A
+forgery comes in batches beside the writer whom it imitates, as a class of its own: it is never a positive. --init and
+--jigsaw (puzzles of the training writers' images) start from more than random weights, as labelled signatures are few.
+
+Pairs: of each writer all pairs of genuine images against as many with a forgery, by one threshold for all writers, and
+the mean of the writers' own rates. References: six genuine images of a writer make one score. Writes results.json and,
+for each seed, the model, verifier.json and report.html, which has DET curves and the worst mistakes. Intervals are the
+outermost bounds of those of all seeds.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from vitembed import metrics
+from vitembed.embedder import Embedder
+from vitembed.errors import DataError, VerifierError, VitembedError, unknown_name
+from vitembed.evaluate import EvaluationReport, Figure, evaluate_data
+from vitembed.evaluation_page import write_evaluation_page
+from vitembed.files import atomic_write
+from vitembed.preprocess import Preprocess
+from vitembed.training import Augment, ImageDataset, TrainConfig, TripletLoss, train
+from vitembed.training.jigsaw import JigsawConfig, pretrain_jigsaw
+from vitembed.verify import Verifier, fit_labelled
+
+INK = Preprocess.grey((64, 128), scan=True)  # height and width in pixels: multiples of the patch
+NETWORK = partial(Embedder.create, "N/8", stem="conv", pooling="mean")
+LOSS = partial(TripletLoss, 0.2, "semihard")
+SETTINGS = TrainConfig(60, 8, 4, augment=Augment.named("ink-strong"), validation="none", workers=0)
+PUZZLES = JigsawConfig(tile=2, augment=Augment.named("ink"), workers=0)
+FAR = 0.05  # that the verifier is for, of skilled forgeries
+FEW = metrics.IDENTITIES_NEEDED  # writers: with fewer there are no intervals
+
+
+def main() -> None:
+    """Read the arguments; an error is one line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--held-out", nargs="+", metavar="WRITER", help="the last nine by default")
+    parser.add_argument("--init", metavar="MODEL", help="a folder, or another name that Embedder.from_pretrained takes")
+    parser.add_argument("--jigsaw", type=int, default=0, metavar="EPOCHS", help="puzzles before training")
+    parser.add_argument("--calibrate", type=int, default=FEW, metavar="N", help="writers for the verifier alone")
+    parser.add_argument("--epochs", type=int, default=SETTINGS.epochs)
+    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 10))
+    args = parser.parse_args()
+    try:
+        run(args)
+    except (VitembedError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train and judge a model for each seed; after each print and write the figures of all so far."""
+    data = ImageDataset.from_signatures(args.data)
+    writers = sorted(data.identities, key=lambda name: (len(name), name))  # 9 before 10
+    judged = args.held_out or writers[-FEW:]
+    if unknown := sorted(set(judged) - set(writers)):
+        raise unknown_name("writer", unknown[0], writers)
+    others = [name for name in writers if name not in judged]
+    if not 0 <= args.calibrate <= len(others) - 2:
+        raise DataError(f"{len(others)} writers are not held out; {args.calibrate} to calibrate must leave 2 to train")
+    test, reports = data.with_classes(judged), []
+    evaluate_data(start(args.init, 0), test)  # what cannot be judged is told now, and not after the training
+    for seed in range(args.seeds):
+        folder, model = args.out / f"seed-{seed}", start(args.init, seed)
+        drawn = np.random.default_rng(seed).choice(others, args.calibrate, replace=False).tolist()
+        known = data.with_classes(set(others) - set(drawn))
+        if args.jigsaw:
+            pretrain_jigsaw(model, known, config=replace(PUZZLES, epochs=args.jigsaw, seed=seed), progress=True)
+        settings = replace(SETTINGS, epochs=args.epochs, seed=seed)
+        train(model, known, loss=LOSS(), config=settings, out=folder, progress=True)
+        verifier = calibrated(model, data.with_classes(drawn), folder) if drawn else None
+        reports.append(evaluate_data(model, test, verifier=verifier))
+        write_evaluation_page(folder / "report.html", reports[-1], title=f"Signatures, seed {seed}")  # with DET curves
+        runs = [figures(report) for report in reports]  # verifiers may choose different rules for references
+        table = {name: over_seeds([run[name] for run in runs]) for name in runs[0] if all(name in run for run in runs)}
+        results = {**vars(args), "held_out": judged, "figures": table, "reports": [one.to_dict() for one in reports]}
+        atomic_write(args.out / "results.json", json.dumps(results, indent=1, default=str) + "\n")
+        for name, row in table.items():
+            print(name, *(f"{key}: {value}" for key, value in row.items()), sep="\n    ", flush=True)
+
+
+def start(init: str | None, seed: int) -> Embedder:
+    """Return the network before training; one that was trained keeps its channels and their normalisation."""
+    if init is None:
+        return NETWORK(preprocess=INK, seed=seed)
+    model = Embedder.from_pretrained(init).replace(image_size=INK.size)  # resamples the positions
+    own = model.preprocess
+    ink = replace(INK, mode=own.mode, mean=own.mean, std=own.std)
+    return Embedder(model.network, ink, device=model.device, provenance=model.provenance)
+
+
+def calibrated(model: Embedder, data: ImageDataset, folder: Path) -> Verifier | None:
+    """Fit a verifier on writers who were not trained on, and save it; None where that cannot be, with a word why."""
+    try:
+        verifier, lacking = fit_labelled(model, data.images, data.labels, data.forgery_of, FAR, location=str(folder))
+    except (DataError, VerifierError) as error:
+        verifier, lacking = None, str(error)
+    if lacking:
+        print(f"not calibrated for {'references' if verifier else 'pairs'}: {lacking}", flush=True)
+    if verifier:
+        verifier.save(folder / "verifier.json")
+    return verifier
+
+
+def figures(report: EvaluationReport) -> dict[str, Figure]:
+    """Return the equal error rates of both protocols, and the error rates at the verifier's threshold."""
+    pairs = report.verification
+    parts = {"pairs": pairs, **{f"references ({rule})": judged for rule, judged in report.references.rules.items()}}
+    table = {f"EER, {name}, {kind}": side.eer for name, part in parts.items() for kind, side in part.kinds.items()}
+    table["EER, pairs, skilled, mean of writers"] = Figure(pairs.mean_identity_eer)
+    if pairs.decision:
+        table |= {"FAR of the verifier, skilled": pairs.decision.far, "FRR of the verifier": pairs.decision.frr}
+    return table
+
+
+def over_seeds(figures: list[Figure]) -> dict[str, object]:
+    """Return mean and spread of a figure, and the outermost bounds of its intervals over writers, to four digits."""
+    values, bounds = [one.value for one in figures], [bound for one in figures for bound in one.interval or ()]
+    spread = round(float(np.std(values, ddof=1)), 4) if len(values) > 1 else None
+    shown = {"mean": round(float(np.mean(values)), 4), "standard deviation over seeds": spread}
+    interval = [round(min(bounds), 4), round(max(bounds), 4)] if bounds else None
+    return {**shown, "95 % over writers": interval, "by seed": [round(value, 4) for value in values]}
+
+
+if __name__ == "__main__":
+    main()
