@@ -39,7 +39,11 @@ class Drawings:
 
     @classmethod
     def load(cls, folder: Path) -> "Drawings":
-        """Read ALPHABET/CHARACTER/CCCC_DRAWER.png, after a download by torchvision if there is no such folder."""
+        """Read ALPHABET/CHARACTER/CCCC_DRAWER.png, after a download by torchvision if there is no such folder.
+
+        Raises:
+            DataError: if it cannot be downloaded, or is laid out otherwise.
+        """
         if not folder.exists():
             from torchvision.datasets import Omniglot
 
@@ -47,10 +51,10 @@ class Drawings:
                 Omniglot(str(folder), background=True, download=True)
             except (OSError, RuntimeError) as error:
                 raise DataError(f"{folder} does not exist, and Omniglot cannot be downloaded: {error}") from error
-            folder = folder / "omniglot-py" / "images_background"
-        images = ImageDataset.from_folder(folder)
+        downloaded = folder / "omniglot-py" / "images_background"
+        images = ImageDataset.from_folder(downloaded if downloaded.is_dir() else folder)
         drawers = [Path(str(path)).stem.rpartition("_")[2] for path in images.images]
-        if not all(drawer.isdecimal() for drawer in drawers) or "/" not in images.classes[0]:
+        if not all(drawer.isdecimal() for drawer in drawers) or any(name.count("/") != 1 for name in images.classes):
             raise DataError(f"{folder} is not Omniglot's: expected images ALPHABET/CHARACTER/CCCC_DRAWER.png")
         return cls(images, np.array(drawers, dtype=np.int64))
 
@@ -87,7 +91,7 @@ def judge(model: Embedder, drawings: Drawings) -> dict[str, float]:
 
 
 def mean_of_views(model: Embedder, images: Sequence[ImageSource]) -> NDArray[np.float32]:
-    """Return the mean embeddings (N, D), of length 1, of images as they are and changed as in training, by seed."""
+    """Return the mean embeddings (N, D), of length 1, of images as they are and as `CHANGES` them, by seed."""
     pixels = torch.from_numpy(np.stack([model.preprocess(image) for image in images]))
     generator = torch.Generator().manual_seed(0)
     total = np.zeros((len(pixels), model.dim), dtype=np.float32)
@@ -109,13 +113,16 @@ def one_shot_error(vectors: NDArray[np.float32], drawings: Drawings) -> float:
     place = {(label, drawer): at for at, (label, drawer) in enumerate(zip(labels, drawings.drawers, strict=True))}
     for alphabet in drawings.alphabets:
         characters = np.unique(labels[drawings.alphabet == alphabet])
-        for _ in range(TRIALS if len(characters) >= WAYS else 0):
-            pair = rng.choice(np.unique(drawings.drawers), 2, replace=False)
+        drawers = [one for one in np.unique(drawings.drawers) if all((label, one) in place for label in characters)]
+        for _ in range(TRIALS if len(characters) >= WAYS and len(drawers) >= 2 else 0):
+            pair = rng.choice(drawers, 2, replace=False)
             drawn = rng.choice(characters, WAYS, replace=False)
             examples, asked = (vectors[[place[label, drawer] for label in drawn]] for drawer in pair)
             errors.append(error_of_run(asked @ examples.T, np.arange(WAYS)))
     if not errors:
-        raise DataError(f"no alphabet that is held out has {WAYS} characters, as many as a one-shot run takes")
+        raise DataError(
+            f"no judged alphabet has {WAYS} characters, all of them by two drawers, as a one-shot run takes"
+        )
     return float(np.mean(errors))
 
 
@@ -129,11 +136,16 @@ def published_runs_error(model: Embedder, folder: Path) -> float:
     """Return the error over the runs of all_runs.zip: runNN/class_labels.txt has lines "TEST_IMAGE TRAINING_IMAGE"."""
     errors = []
     for listing in sorted(folder.glob("run*/class_labels.txt")):
-        rows = [line.split() for line in listing.read_text().splitlines() if line.strip()]
-        examples = sorted({example for _, example in rows})
-        vectors = model.encode([folder / name for name in [*(asked for asked, _ in rows), *examples]], workers=0)
-        truth = np.array([examples.index(example) for _, example in rows])
-        errors.append(error_of_run(vectors[: len(rows)] @ vectors[len(rows) :].T, truth))
+        rows = [
+            line.split() for line in listing.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+        ]
+        if len({row[-1] for row in rows}) != len(rows) or len(rows) < 2 or any(len(row) != 2 for row in rows):
+            raise DataError(
+                f"{listing} must have lines TEST_IMAGE TRAINING_IMAGE, each with a training image of its own"
+            )
+        asked, examples = zip(*rows, strict=True)
+        vectors = model.encode([folder / name for name in (*asked, *examples)], workers=0)
+        errors.append(error_of_run(vectors[: len(rows)] @ vectors[len(rows) :].T, np.arange(len(rows))))
     if not errors:
         raise DataError(f"{folder} holds no runs: expected run01/class_labels.txt and so on, as in all_runs.zip")
     return float(np.mean(errors))
@@ -145,6 +157,8 @@ def verification_accuracy(vectors: NDArray[np.float32], drawings: Drawings) -> f
     Half of the pairs are two drawings of one character, half are of two characters of one alphabet, always by two
     drawers. The pairs of an alphabet are judged at the threshold that is best for those of the others.
     """
+    if len(drawings.alphabets) < 2:
+        raise DataError(f"{drawings.alphabets[0]} alone is judged; a threshold is chosen on others: name two at least")
     rng, right = np.random.default_rng(0), []
     scores = {name: draw_pairs(vectors, drawings, name, rng) for name in drawings.alphabets}
     for name, (same, different) in scores.items():

@@ -37,6 +37,7 @@ from vitembed.files import atomic_write
 from vitembed.preprocess import Preprocess
 from vitembed.training import Augment, ImageDataset, TrainConfig, TripletLoss, train
 from vitembed.training.jigsaw import JigsawConfig, pretrain_jigsaw
+from vitembed.training.outputs import check_out
 from vitembed.verify import Verifier, fit_labelled
 
 INK = Preprocess.grey((64, 128), scan=True)  # height and width in pixels: multiples of the patch
@@ -76,6 +77,8 @@ def run(args: argparse.Namespace) -> None:
     others = [name for name in writers if name not in judged]
     if not 0 <= args.calibrate <= len(others) - 2:
         raise DataError(f"{len(others)} writers are not held out; {args.calibrate} to calibrate must leave 2 to train")
+    for seed in range(args.seeds):
+        check_out(args.out / f"seed-{seed}", overwrite=False)  # now, and not after puzzles and trainings
     test, reports = data.with_classes(judged), []
     evaluate_data(start(args.init, 0), test)  # what cannot be judged is told now, and not after the training
     for seed in range(args.seeds):

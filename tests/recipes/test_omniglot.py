@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -215,6 +216,71 @@ def test_an_alphabet_that_is_not_there_is_named_in_one_line(
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+def test_what_cannot_be_judged_is_told_before_anything_is_trained(
+    recipe: ModuleType,
+    alphabets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(recipe, "train", lambda *_, **__: pytest.fail("trained all the same"))
+    for arguments, words in (
+        (["--held-out", "Alphabet_A"], "Alphabet_A alone is judged"),
+        (["--held-out", "Alphabet_H"], "no judged alphabet has 5 characters, all of them by two drawers"),
+        (["--runs", tmp_path], "holds no runs"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run(recipe, monkeypatch, "--data", alphabets, "--out", tmp_path, *arguments)
+        assert ended.value.code == 2
+        assert words in capsys.readouterr().err
+
+
+def test_alphabets_of_a_folder_of_their_own_are_judged_and_then_none_is_held_out(
+    recipe: ModuleType,
+    alphabets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run(recipe, monkeypatch, "--data", alphabets, "--out", tmp_path, "--test", alphabets)
+    assert (
+        f"trained on 8 alphabets, judged on {', '.join(f'Alphabet_{a}' for a in 'ABCDEFGH')}" in capsys.readouterr().out
+    )
+    run(recipe, monkeypatch, "--data", alphabets, "--out", tmp_path, "--test", alphabets, "--seeds", 1)
+    assert list(json.loads((tmp_path / "figures.json").read_text())) == ["0", "1"]  # that of an earlier command is kept
+
+
+def test_a_character_that_somebody_did_not_draw_takes_this_drawer_out(
+    protocols: ModuleType, alphabets: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(alphabets, folder)
+    (folder / "Alphabet_A" / "character01" / "0001_01.png").unlink()
+    drawings = protocols.Drawings.load(folder).of(["Alphabet_A"])
+    of_drawer = np.eye(DRAWERS, dtype=np.float32)[drawings.drawers - 1]
+    seen: list[float] = []
+    real = protocols.error_of_run
+    protocols.error_of_run = lambda scores, truth: seen.append(float(scores.max())) or real(scores, truth)
+    assert protocols.one_shot_error(of_drawer, drawings) == 1
+    protocols.error_of_run = real
+    assert seen == [0.0] * protocols.TRIALS  # never two images of one drawer
+
+
+@pytest.mark.parametrize("text", ["", "a b c\nd e f\n", "a b\nc b\n", "a b\n"])
+def test_a_broken_list_of_a_published_run_is_named(protocols: ModuleType, tmp_path: Path, text: str) -> None:
+    (tmp_path / "run01").mkdir()
+    (tmp_path / "run01" / "class_labels.txt").write_text(text)
+    with pytest.raises(DataError, match=r"class_labels\.txt must have lines"):
+        protocols.published_runs_error(Pixels(), tmp_path)
+
+
+def test_a_download_of_torchvision_is_found_again(protocols: ModuleType, alphabets: Path, tmp_path: Path) -> None:
+    shutil.copytree(alphabets, tmp_path / "omniglot-py" / "images_background")
+    assert protocols.Drawings.load(tmp_path).alphabets == protocols.Drawings.load(alphabets).alphabets
+    with pytest.raises(DataError, match="ALPHABET/CHARACTER"):
+        protocols.Drawings.load(tmp_path / "omniglot-py")
 
 
 def test_folders_of_another_kind_are_refused(protocols: ModuleType, tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ def open_index(path: Path) -> "Index":
     if path.is_file():
         raise SearchIndexError(f"{path} is a file and not an index; name the folder of the index first")
     is_full = path.is_dir() and any(path.iterdir())
-    index, images = (path.with_name(f"{path.absolute().name}.index"), str(path)) if is_full else (path, "FOLDER")
+    beside = Path(f"{path.resolve().name or 'images'}.index")  # in the folder that one stands in; / has no name
+    index, images = (beside, str(path)) if is_full else (path, "FOLDER")
     what = "a folder of other things" if is_full else "an empty folder" if path.is_dir() else "no such folder"
     raise SearchIndexError(
         f"{path} is not an index ({what}); make one with: vitembed index create {shlex.quote(str(index))} && "

@@ -169,9 +169,9 @@ def _verify_pair(
         named = DEFAULT if path is None else str(path)
         print_json({**asdict(noted), "notes": [*noted.notes, *texts], "verifier": named})
     else:
-        print_decision(decision, verifier.calibration, verifier.created, quality, people=people or "identities")
         for line in said:
-            typer.echo(line)
+            warn(line)
+        print_decision(decision, verifier.calibration, verifier.created, quality, people=people or "identities")
     return STATUS[decision.verdict]
 
 

@@ -15,6 +15,7 @@ from vitembed.embedding_net import EmbeddingNet
 from vitembed.errors import CheckpointError
 from vitembed.training.config import TrainConfig
 from vitembed.training.data.datasets import ImageDataset
+from vitembed.training.data.rotations import TurnedImages
 from vitembed.training.distributed import world_size
 from vitembed.training.learner import Loss, Miner
 from vitembed.training.losses.specs import describe
@@ -82,9 +83,10 @@ def _data(dataset: ImageDataset) -> dict[str, Any]:
 
 def _names(dataset: ImageDataset) -> list[str]:
     """Return the names of image files below the folder that all of them share: data may move, or be typed otherwise."""
-    if not isinstance(dataset.images, list):
+    images = dataset.images.sources if isinstance(dataset.images, TurnedImages) else dataset.images
+    if not isinstance(images, list):
         return []
-    files = [image for image in dataset.images if isinstance(image, str | os.PathLike)]
+    files = [image for image in images if isinstance(image, str | os.PathLike)]
     paths = [os.path.abspath(file) for file in files]  # noqa: PTH100 - links stay as they are typed
     shared = len(os.path.commonpath(paths)) if paths else 0
     return [path[shared:] for path in paths]

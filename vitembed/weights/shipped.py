@@ -37,7 +37,12 @@ def shipped_verifier(name: str) -> Path:
     Raises:
         CheckpointError: as for `shipped_folder`.
     """
-    return shipped_folder(name) / f"{name}.verifier"
+    file = shipped_folder(name) / f"{name}.verifier"
+    if not file.is_file():
+        raise CheckpointError(
+            f"the verifier of {name!r} is missing from this installation ({file}); install vitembed anew"
+        )
+    return file
 
 
 def warn_of_namesake(name: str) -> None:

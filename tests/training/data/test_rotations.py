@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitembed.errors import ImageError
+from vitembed.embedder import Embedder
+from vitembed.errors import DataError, ImageError
 from vitembed.images import load_image
-from vitembed.training import ImageDataset
+from vitembed.preprocess import Preprocess
+from vitembed.training import ImageDataset, TrainConfig, TripletLoss
+from vitembed.training.identity import identity
 
 PICTURES = list(np.random.default_rng(0).integers(0, 256, (4, 5, 7, 3), dtype=np.uint8))
 
@@ -56,3 +59,23 @@ def test_a_broken_file_is_named_when_it_is_fetched_not_before(tmp_path: Path) ->
     assert load_image(turned.images[2]).size == (5, 7)
     with pytest.raises(ImageError, match=r"b\.png"):
         load_image(turned.images[3])
+
+
+def test_turned_images_are_not_turned_again() -> None:
+    turned = ImageDataset.from_arrays(PICTURES, list("aabb")).with_rotations()
+    with pytest.raises(DataError, match="turned already"):
+        turned.subset(np.arange(8)).with_rotations()
+
+
+def test_a_training_of_other_files_under_the_same_names_is_another_one(tmp_path: Path) -> None:
+    def identity_of(folder: Path) -> object:
+        for name in ("a1", "a2", "b1", "b2"):
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(PICTURES[0]).save(folder / f"{folder.name}{name}.png")
+        paths = sorted(folder.iterdir())
+        model = Embedder.create("N/4", preprocess=Preprocess.grey((8, 8)), stem="conv", device="cpu")
+        data = ImageDataset.from_arrays(paths, list("aabb")).with_rotations()
+        return identity(model, data, TripletLoss(), None, TrainConfig())
+
+    assert identity_of(tmp_path / "one") == identity_of(tmp_path / "one")
+    assert identity_of(tmp_path / "one") != identity_of(tmp_path / "two")

@@ -211,7 +211,12 @@ class ImageDataset:
         arXiv:1605.06065, section 4.1; Vinyals et al. 2016, arXiv:1606.04080, section 4.1.1). A class named `a` becomes
         `a`, `a@90`, `a@180` and `a@270`, counter-clockwise; a forgery imitates the writer who is turned as it is.
         Hold classes out before, not after, or turned images of them are trained on.
+
+        Raises:
+            DataError: if they are turned already: a class turned by 360 degrees would be told from itself.
         """
+        if isinstance(self.images, TurnedImages):
+            raise DataError("these images have been turned already; call with_rotations once")
         count, classes = len(self), len(self.classes)
         turn = np.arange(4).repeat(count)
         labels, writers = np.tile(self.labels, 4), np.tile(self._writers, 4)

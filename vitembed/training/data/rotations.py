@@ -35,6 +35,11 @@ class TurnedImages(LazyImages):
         image = self._images[source]
         return load_image(image).transpose(_TRANSPOSE[degrees]) if degrees else image
 
+    @property
+    def sources(self) -> list[ImageSource]:
+        """What each image is made of, before it is turned; empty where images are fetched from elsewhere."""
+        return [] if isinstance(self._images, LazyImages) else [self._images[source] for source, _ in self._turns]
+
     def take(self, positions: Sequence[int]) -> "TurnedImages":
         """Return the images at some positions, in that order, without fetching them."""
         return TurnedImages(self._images, [self._turns[position] for position in positions])
