@@ -87,4 +87,5 @@ def test_two_processes_learn_what_one_does(kind: str, tmp_path: Path) -> None:
         tolerance = 1e-4 if kind == "plain" else 0.5
         assert after["loss"] == pytest.approx(before["loss"], rel=tolerance)
     assert len(list_checkpoints(tmp_path / "two")) == 1
-    assert run(tmp_path / "two", 2, kind)[1] == shared  # it goes on together, too: nothing was left to do
+    if kind == "plain":
+        assert run(tmp_path / "two", 2, kind)[1] == shared  # it goes on together, too: nothing was left to do
