@@ -250,6 +250,7 @@ def test_alphabets_of_a_folder_of_their_own_are_judged_and_then_none_is_held_out
     )
     run(recipe, monkeypatch, "--data", alphabets, "--out", tmp_path, "--test", alphabets, "--seeds", 1)
     assert list(json.loads((tmp_path / "figures.json").read_text())) == ["0", "1"]  # that of an earlier command is kept
+    assert "+-" not in capsys.readouterr().out  # but not averaged with this one: its settings may be others
 
 
 def test_a_character_that_somebody_did_not_draw_takes_this_drawer_out(
