@@ -1,4 +1,4 @@
-"""The linear layer of inference: the plain layer's numbers, and the plain layer itself wherever more is wanted."""
+"""The faster ways through a layer: the plain layer's numbers, and the plain layer itself wherever more is wanted."""
 
 import math
 import types
@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitembed.vit import ViT, ViTConfig, kernels
-from vitembed.vit.kernels import linear
+from vitembed.vit.kernels import attention, linear
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 
@@ -300,3 +300,42 @@ def test_a_hook_for_all_modules_sees_the_linear_layers() -> None:
     finally:
         handle.remove()
     assert seen.count("Linear") > 4
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "with a bias"])
+def test_attention_trained_in_bfloat16_is_that_of_the_fused_kernel(
+    biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = torch.Generator().manual_seed(1)
+    q, k, v, gradient = (torch.randn(2, 3, 9, 16, generator=g).bfloat16() for _ in range(4))
+    bias = torch.randn(2, 1, 1, 9, generator=g).bfloat16() if biased else None
+    exact = [x.float().requires_grad_() for x in (q, k, v)]
+    ours = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = attention(*exact, None if bias is None else bias.float())
+    expected.backward(gradient.float())
+
+    def no_fused_kernel(*_: object, **__: object) -> Tensor:
+        raise AssertionError("the fused kernel, which is slow here, was called")
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", no_fused_kernel)
+    found = attention(*ours, bias)
+    found.backward(gradient)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+    for a, b in zip(ours, exact, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        torch.testing.assert_close(a.grad.float(), b.grad, rtol=0.03, atol=0.03)
+
+
+def test_a_convolutional_stem_keeps_the_channels_of_a_pixel_side_by_side() -> None:
+    stem = ViT(
+        ViTConfig(image_size=(16, 16), patch_size=4, width=8, depth=1, heads=1, stem=((4, 2), (8, 2)))
+    ).patch_embed
+    layouts: list[bool] = []
+    for layer in stem.stem:
+        layer.register_forward_hook(
+            lambda _module, _inputs, y: layouts.append(y.is_contiguous(memory_format=torch.channels_last))
+        )
+    assert stem(torch.rand(2, 3, 16, 16)).shape == (2, 16, 8)
+    assert layouts == [True] * 6

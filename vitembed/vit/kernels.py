@@ -1,4 +1,4 @@
-"""Linear layers at inference on a processor, through oneDNN, which PyTorch carries.
+"""Faster ways through a layer on a processor: linear layers at inference, attention in training.
 
 PyTorch sends float32 matrix products on a processor to MKL. Its copy of oneDNN is faster at the shapes of a ViT (by a
 tenth to a third, measured on AMD EPYC), and adds the bias, the GELU or the shortcut while the result is in the cache.
@@ -37,6 +37,30 @@ def linear(layer: nn.Module, x: Tensor, *, gelu: bool = False, shortcut: Tensor 
     if gelu:
         return F.gelu(y)
     return y if shortcut is None else shortcut + y
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return scaled dot-product attention, softmax(q k^T / sqrt(d) + bias) v (equation 1 of arXiv:1706.03762).
+
+    Training on a processor in bfloat16 takes the formula as it is written: torch's fused kernel (2.15) needs 2 to 6
+    times as long forward and backward, with 17 as with 577 tokens; it is the faster one everywhere else.
+
+    Args:
+        q: (B, h, n, d) queries.
+        k: (B, h, T, d) keys.
+        v: (B, h, T, d) values.
+        bias: broadcasts to (B, h, n, T), added to the logits.
+
+    Returns:
+        (B, h, n, d).
+    """
+    if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, h, n, T)
+    if bias is not None:
+        logits = logits + bias
+    weights: Tensor = logits.softmax(dim=-1).to(v.dtype)
+    return weights @ v
 
 
 def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
