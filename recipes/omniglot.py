@@ -35,23 +35,24 @@ from vitembed.files import atomic_write
 from vitembed.preprocess import Preprocess
 from vitembed.training import Augment, TrainConfig, build_loss, train
 
-SIZE = 32  # pixels
+READING = Preprocess.grey((32, 32), scan=True)  # the ink cut out and centred: place and size tell no character
 NETWORK = ViTConfig(
-    image_size=(SIZE, SIZE),
+    image_size=READING.size,
     patch_size=8,
     channels=1,
-    width=128,
-    depth=4,
-    heads=4,
-    stem=((32, 2), (64, 1), (64, 2), (128, 1), (128, 2)),
+    width=192,
+    depth=2,
+    heads=3,
+    mlp_width=384,
+    stem=((64, 1), (64, 2), (128, 1), (128, 2), (192, 1), (192, 2)),
 )
 LOSS = "MultiSimilarityLoss(alpha=2, beta=50, base=0.5)"
 TRAINING = TrainConfig(
-    epochs=20,
+    epochs=12,
     classes_per_batch=32,
     images_per_class=8,
     learning_rate=2e-3,
-    augment=Augment.named("ink-strong"),
+    augment=replace(Augment.named("ink"), elastic=0.01, stroke=0.25),
     precision="bf16",
     validation="none",
     workers=0,
@@ -96,10 +97,10 @@ def run(args: argparse.Namespace) -> None:
         print(f"trained on {len(learned)} alphabets, judged on {', '.join(unseen.alphabets)}", flush=True)
     report = args.out / "figures.json"
     figures = json.loads(report.read_text()) if report.exists() else {}
-    untrained = Embedder.create(NETWORK, preprocess=Preprocess.grey((SIZE, SIZE)))
+    untrained = Embedder.create(NETWORK, preprocess=READING)
     tell("untrained", judged(untrained, unseen, args.runs))  # what cannot be judged is told now, not after an hour
     for seed in args.seeds:
-        model = Embedder.create(NETWORK, preprocess=Preprocess.grey((SIZE, SIZE)), seed=seed)
+        model = Embedder.create(NETWORK, preprocess=READING, seed=seed)
         config = replace(TRAINING, epochs=args.epochs, seed=seed)
         folder = args.out / f"seed{seed}"
         train(model, pool, loss=build_loss(LOSS), config=config, out=folder, resume=True, progress=True)

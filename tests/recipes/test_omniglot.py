@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from vitembed.architecture import ViTConfig
 from vitembed.errors import DataError
+from vitembed.preprocess import Preprocess
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 DRAWERS = 4
@@ -44,7 +45,7 @@ def recipe(protocols: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType
     module = importlib.import_module("omniglot")
     training = replace(module.TRAINING, classes_per_batch=8, images_per_class=2, epochs=1)
     network = ViTConfig((16, 16), 8, channels=1, width=16, depth=1, heads=2)
-    for name, value in {"NETWORK": network, "SIZE": 16, "TRAINING": training}.items():
+    for name, value in {"NETWORK": network, "READING": Preprocess.grey((16, 16)), "TRAINING": training}.items():
         assert hasattr(module, name)
         monkeypatch.setattr(module, name, value)
     return module
