@@ -70,6 +70,12 @@ def test_encode_has_a_row_for_every_peer_that_can_run(script: Script, dtype: str
     assert min(table.values()) > 0
 
 
+def test_attention_has_a_row_for_every_shape(script: Script) -> None:
+    lines = script("attention.py", "--repeats", 1, "--shapes", 2, 1, 5, 8, "--shapes", 1, 2, 3, 4)
+    assert [line[:4] for line in lines[2:]] == [["2", "1", "5", "8"], ["1", "2", "3", "4"]]
+    assert all(float(line[-1].removesuffix("x")) > 0 for line in lines[2:])
+
+
 def test_the_networks_of_encode_move_and_are_cast_whole() -> None:
     networks = encode()["in_pytorch"]("Ti/16")
     assert list(networks) == IN_PYTORCH

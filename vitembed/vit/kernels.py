@@ -42,8 +42,8 @@ def linear(layer: nn.Module, x: Tensor, *, gelu: bool = False, shortcut: Tensor 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return scaled dot-product attention, softmax(q k^T / sqrt(d) + bias) v (equation 1 of arXiv:1706.03762).
 
-    Training on a processor in bfloat16 takes the formula as it is written: torch's fused kernel (2.15) needs 2 to 6
-    times as long forward and backward, with 17 as with 577 tokens; it is the faster one everywhere else.
+    Training on a processor in bfloat16 takes the formula as it is written: torch's fused kernel (2.15) needs 1.7 to 4.7
+    times as long forward and backward (`benchmarks/attention.py`); it is the faster one everywhere else.
 
     Args:
         q: (B, h, n, d) queries.
