@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from vitembed.cli.networks import new_embedder
+from vitembed.errors import ConfigError
 from vitembed.ink import clean_scan, find_ink, otsu_threshold
 
 DATA = Path(os.environ.get("VITEMBED_DATA", "missing"))
@@ -164,6 +165,20 @@ def test_grey_levels_within_the_ink_are_shares_of_the_ground() -> None:
     np.testing.assert_allclose(levels, [255 * 0.1, 255 * 0.5, 255], atol=2)
 
 
+def test_binarized_ink_is_black_however_dark_it_was() -> None:
+    drawing = drawn((400, 300), (90, 90), width=5)
+    black = [
+        np.asarray(clean_scan(Image.fromarray(np.where(drawing, level, 250).astype(np.uint8)), binarize=True))
+        for level in (10, 60, 140)
+    ]
+    assert np.unique(black[0]).tolist() == [0, 255]
+    assert (black[0] == 0).sum() == drawing.sum()
+    np.testing.assert_array_equal(black[0], black[1])
+    np.testing.assert_array_equal(black[0], black[2])
+    blank = clean_scan(Image.new("L", (40, 30), 250), binarize=True)
+    assert np.asarray(blank).min() == 255
+
+
 def test_a_photograph_and_a_scan_of_one_drawing_become_alike() -> None:
     drawing = drawn((900, 600), (200, 150), times=2.5, width=9)
     scan = Image.fromarray(np.where(drawing, 40, 250).astype(np.uint8))
@@ -241,7 +256,14 @@ def test_the_option_scan_makes_a_network_of_ink() -> None:
     assert settings.scan
     assert settings.mode == "L"
     assert settings.invert
+    assert not settings.binarize
+    assert new_embedder("cpu", 0, arch="N/4", image_size=28, scan=True, binarize=True).preprocess.binarize
     assert not new_embedder("cpu", 0, arch="N/4", image_size=28, ink=True).preprocess.scan
+
+
+def test_the_option_binarize_needs_scan() -> None:
+    with pytest.raises(ConfigError, match="add --scan"):
+        new_embedder("cpu", 0, arch="N/4", image_size=28, ink=True, binarize=True)
 
 
 # On real scans

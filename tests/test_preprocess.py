@@ -211,6 +211,9 @@ def test_scan_is_written_only_where_it_is_on() -> None:
     assert scan.to_dict() == {**plain.to_dict(), "scan": True}
     assert Preprocess.from_dict(plain.to_dict()) == plain
     assert Preprocess.from_dict(scan.to_dict()) == scan
+    black = Preprocess.grey((28, 28), scan=True, binarize=True)
+    assert black.to_dict() == {**scan.to_dict(), "binarize": True}
+    assert Preprocess.from_dict(black.to_dict()) == black
     assert pickle.loads(pickle.dumps(scan)) == scan
 
 
@@ -270,6 +273,8 @@ def test_unknown_setting_names_the_nearest() -> None:
         ({"std": (1.0, 0.0, 1.0)}, "std must be above 0"),
         ({"invert": 1}, "invert must be true or false; got 1"),
         ({"scan": 1}, "scan must be true or false; got 1"),
+        ({"binarize": True}, "binarize is of the ink that scan finds, so that it needs scan, too"),
+        ({"scan": True, "binarize": 1}, "binarize must be true or false; got 1"),
         ({"scan": True, "fill": 0}, "fill must be 255 for scan, whose ink comes on pure white; got 0"),
         ({"fill": 256}, "fill must be an integer from 0 to 255; got 256"),
         ({"fill": True}, "fill must be an integer"),

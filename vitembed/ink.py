@@ -83,15 +83,18 @@ def find_ink(image: Image.Image) -> Ink:
     return _find(image)[0]
 
 
-def clean_scan(image: Image.Image) -> Image.Image:
+def clean_scan(image: Image.Image, *, binarize: bool = False) -> Image.Image:
     """Return the ink alone, dark on pure white, cropped to it and centred by its centre of mass.
 
-    Grey levels are kept within the ink, as shares of the ground's. The result is as large as it takes to hold all of
-    the ink around its centre of mass, so that a network that pads it sees the centre in the middle, as in Hafemann,
-    Sabourin and Oliveira 2017 (arXiv:1705.05787), whose canvas has one size for all and is scaled down afterwards.
+    Grey levels are kept within the ink, as shares of the ground's, unless it is made black. The result is as large as it
+    takes to hold all of the ink around its centre of mass, so that a network that pads it sees the centre in the middle,
+    as in Hafemann, Sabourin and Oliveira 2017 (arXiv:1705.05787), whose canvas has one size for all and is scaled down
+    afterwards.
 
     Args:
         image: mode "L" or "RGB", as `vitembed.images.load_image` returns it; any other is converted.
+        binarize: make the ink black, by Otsu's threshold between it and the white, so that how hard a pen pressed and
+            how a scanner was set tell no images apart.
 
     Returns:
         A new image of mode "L"; a blank page becomes a white image of its own size.
@@ -106,7 +109,10 @@ def clean_scan(image: Image.Image) -> Image.Image:
     half = [math.ceil(max(x - left, right - x)) + margin, math.ceil(max(y - top, bottom - y)) + margin]
     canvas = Image.new("L", (2 * half[0], 2 * half[1]), 255)
     canvas.paste(cut, (round(half[0] - x) + box[0], round(half[1] - y) + box[1]))
-    return canvas
+    if not binarize:
+        return canvas
+    dark = np.asarray(canvas) <= otsu_threshold(canvas.histogram())  # the margin is white: there are two levels
+    return Image.fromarray(np.where(dark, np.uint8(0), np.uint8(255)))
 
 
 def otsu_threshold(histogram: ArrayLike) -> int:

@@ -44,6 +44,7 @@ class Preprocess:
             number, as torchvision and timm do, "down" rounds it down, as transformers does.
         scan: the image is a scan or a photograph of ink: before all else `vitembed.ink.clean_scan` cuts the ink out of
             its ground, at the image's full size. A blank page becomes a blank image.
+        binarize: with `scan`, the ink is made black there, so that its darkness tells no images apart.
 
     Raises:
         ConfigError: if a value is of the wrong type or out of range.
@@ -60,6 +61,7 @@ class Preprocess:
     crop_share: float = 1.0
     crop_offset: Literal["even", "down"] = "even"
     scan: bool = False
+    binarize: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, ("RGB", "L"))
@@ -69,13 +71,15 @@ class Preprocess:
         if not (_is_tuple_of(int, self.size) and len(self.size) == 2 and min(self.size) > 0):
             raise ConfigError(f"size must be (height, width), two positive integers; got {self.size!r}")
         self._check_channels()
-        for name, value in (("invert", self.invert), ("scan", self.scan)):
+        for name, value in (("invert", self.invert), ("scan", self.scan), ("binarize", self.binarize)):
             if not isinstance(value, bool):
                 raise ConfigError(f"{name} must be true or false; got {value!r}")
         if isinstance(self.fill, bool) or not isinstance(self.fill, int) or not 0 <= self.fill <= 255:
             raise ConfigError(f"fill must be an integer from 0 to 255; got {self.fill!r}")
         if self.scan and self.fill != 255:
             raise ConfigError(f"fill must be 255 for scan, whose ink comes on pure white; got {self.fill}")
+        if self.binarize and not self.scan:
+            raise ConfigError("binarize is of the ink that scan finds, so that it needs scan, too")
         if not (_is_tuple_of(int | float, (self.crop_share,)) and 0 < self.crop_share <= 1):
             raise ConfigError(f"crop_share must be a number above 0 and at most 1; got {self.crop_share!r}")
         if self.resize == "pad" and self.crop_share != 1:
@@ -90,11 +94,13 @@ class Preprocess:
         interpolation: str = "bicubic",
         invert: bool = True,
         scan: bool = False,
+        binarize: bool = False,
     ) -> "Preprocess":
         """Describe grey images of ink whose ground and padding shall be 0: one channel, mean 0, std 1.
 
         `invert` is for dark ink on white; without it the images are bright on black already. `scan` is for scans and
-        photographs of ink, whose ground is not yet even; it makes dark ink on white of them all.
+        photographs of ink, whose ground is not yet even; it makes dark ink on white of them all, and `binarize` black
+        ink.
 
         Raises:
             ConfigError: if a value is wrong, or for `scan` without `invert`: its ground is white, not 0.
@@ -102,7 +108,8 @@ class Preprocess:
         if scan and not invert:
             raise ConfigError("scan makes dark ink on white, so that invert must stay true for a ground of 0")
         fill = 255 if invert else 0
-        return cls(size, "L", resize, interpolation, mean=(0.0,), std=(1.0,), invert=invert, fill=fill, scan=scan)
+        grey = cls(size, "L", resize, interpolation, mean=(0.0,), std=(1.0,), invert=invert, fill=fill)
+        return dataclasses.replace(grey, scan=scan, binarize=binarize)
 
     @property
     def channels(self) -> int:
@@ -120,7 +127,7 @@ class Preprocess:
         """
         image = load_image(source)
         if self.scan:
-            image = clean_scan(image)
+            image = clean_scan(image, binarize=self.binarize)
         image = image if image.mode == self.mode else image.convert(self.mode)
         view = np.asarray(self._resized(image))
         if self.mode == "L":
@@ -129,13 +136,14 @@ class Preprocess:
         return np.invert(pixels, out=pixels) if self.invert else pixels  # of uint8 that is 255 - pixels
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain JSON values; without `scan` where it is off.
+        """Return the settings as plain JSON values; without `scan` and `binarize` where they are off.
 
-        It came later than the rest: models saved before it keep their fingerprints.
+        They came later than the rest: models saved before them keep their fingerprints.
         """
         values = dataclasses.asdict(self)
-        if not self.scan:
-            del values["scan"]
+        for later in ("scan", "binarize"):
+            if not values[later]:
+                del values[later]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod

@@ -24,6 +24,7 @@ def new_embedder(
     dim: int | None = None,
     ink: bool = False,
     scan: bool = False,
+    binarize: bool = False,
 ) -> "Embedder":
     """Make an untrained model.
 
@@ -37,6 +38,7 @@ def new_embedder(
         dim: see `Embedder.create`.
         ink: whether the images are dark ink on white.
         scan: whether they are scans or photographs of ink, whose ground is removed; implies `ink`.
+        binarize: whether their ink is made black; needs `scan`.
 
     Raises:
         ConfigError: if the options do not go together.
@@ -45,13 +47,15 @@ def new_embedder(
     from vitembed.embedder import Embedder
     from vitembed.preprocess import Preprocess
 
+    if binarize and not scan:
+        raise ConfigError("--binarize makes the ink black that --scan finds: add --scan")
     foreign = arch.startswith("timm:")
     if foreign and stem is not None:
         raise ConfigError(f"--stem is for a size such as S/16; {arch} has its own, so leave --stem out")
     size = (image_size, image_size)
     return Embedder.create(
         arch,
-        preprocess=Preprocess.grey(size, scan=scan) if ink or scan else Preprocess(size),
+        preprocess=Preprocess.grey(size, scan=scan, binarize=binarize) if ink or scan else Preprocess(size),
         stem="linear" if foreign else stem or "conv",  # linear is what `create` takes for no word of it
         pooling=pooling,
         dim=dim,

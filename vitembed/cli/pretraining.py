@@ -45,6 +45,14 @@ def pretrain(
             rich_help_panel=NETWORK,
         ),
     ] = False,
+    binarize: Annotated[
+        bool,
+        typer.Option(
+            "--binarize",
+            help="With --scan: all ink is made black, so that its darkness tells no images apart.",
+            rich_help_panel=NETWORK,
+        ),
+    ] = False,
     tile: Annotated[int, typer.Option(min=1, help="Side of a tile, in patches.", rich_help_panel=PUZZLE)] = 1,
     mask: Annotated[float, typer.Option(help="Share of the tiles that is hidden.", rich_help_panel=PUZZLE)] = 0.1,
     min_contrast: Annotated[
@@ -93,7 +101,16 @@ def pretrain(
     )
     dataset = unlabelled_images(data)
     model = new_embedder(
-        device, seed, arch=arch, stem=stem, image_size=image_size, pooling=pooling, dim=dim, ink=ink, scan=scan
+        device,
+        seed,
+        arch=arch,
+        stem=stem,
+        image_size=image_size,
+        pooling=pooling,
+        dim=dim,
+        ink=ink,
+        scan=scan,
+        binarize=binarize,
     )
     result = pretrain_jigsaw(model, dataset, config=settings, out=out, overwrite=overwrite, progress=True)
     if result.accuracy <= result.chance:

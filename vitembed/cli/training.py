@@ -80,6 +80,14 @@ def train(
             rich_help_panel=NETWORK,
         ),
     ] = False,
+    binarize: Annotated[
+        bool,
+        typer.Option(
+            "--binarize",
+            help="With --scan: all ink is made black, so that its darkness tells no images apart.",
+            rich_help_panel=NETWORK,
+        ),
+    ] = False,
     loss: Annotated[
         str,
         typer.Option(
@@ -243,7 +251,7 @@ def train(
     from vitembed.training.distributed import on_main
 
     network = {"arch": arch, "stem": stem, "image_size": image_size, "pooling": pooling, "dim": dim}
-    network |= {"ink": ink or None, "scan": scan or None}
+    network |= {"ink": ink or None, "scan": scan or None, "binarize": binarize or None}
     chosen: dict[str, Any] = {name: value for name, value in network.items() if value is not None}
     dataset = load_source(data)
     model = _go_on(init, device, seed, chosen) if init is not None else new_embedder(device, seed, **chosen)
