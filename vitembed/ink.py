@@ -86,10 +86,10 @@ def find_ink(image: Image.Image) -> Ink:
 def clean_scan(image: Image.Image, *, binarize: bool = False) -> Image.Image:
     """Return the ink alone, dark on pure white, cropped to it and centred by its centre of mass.
 
-    Grey levels are kept within the ink, as shares of the ground's, unless it is made black. The result is as large as it
-    takes to hold all of the ink around its centre of mass, so that a network that pads it sees the centre in the middle,
-    as in Hafemann, Sabourin and Oliveira 2017 (arXiv:1705.05787), whose canvas has one size for all and is scaled down
-    afterwards.
+    Grey levels are kept within the ink, as shares of the ground's, unless it is made black. The result is as large as
+    it takes to hold all of the ink around its centre of mass, so that a network that pads it sees the centre in the
+    middle, as in Hafemann, Sabourin and Oliveira 2017 (arXiv:1705.05787), whose canvas has one size for all and is
+    scaled down afterwards.
 
     Args:
         image: mode "L" or "RGB", as `vitembed.images.load_image` returns it; any other is converted.
