@@ -157,7 +157,8 @@ def _problems_of_ink(height: int, length: float) -> list[Problem]:
 
 def _ink_alone(picture: Image.Image) -> Mask:
     """Return the ink's mask at its own scale, however small a part of its page it is."""
-    return np.asarray(clean_scan(picture, binarize=True)) == 0
+    black: Mask = np.asarray(clean_scan(picture, binarize=True)) == 0
+    return black
 
 
 def _stroke_length(ink: Mask) -> float:
