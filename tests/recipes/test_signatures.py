@@ -76,7 +76,7 @@ class Ran:
 
 def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make everything that takes time small."""
-    monkeypatch.setattr(signatures, "INK", Preprocess.grey((8, 16), scan=True))
+    monkeypatch.setattr(signatures, "INK", Preprocess.grey((8, 16), scan=True, binarize=True))
     monkeypatch.setattr(signatures, "NETWORK", partial(Embedder.create, TINY, pooling="mean", device="cpu"))
     monkeypatch.setattr(signatures, "SETTINGS", replace(signatures.SETTINGS, classes_per_batch=2, images_per_class=3))
     monkeypatch.setattr(signatures, "PUZZLES", replace(signatures.PUZZLES, tile=1, batch_size=16))
@@ -202,6 +202,29 @@ def test_each_seed_leaves_a_model_a_verifier_for_it_and_a_page_with_det_curves(r
         page = (folder / "report.html").read_text()
         assert re.search(r'<img[^>]*src="data:image/png;base64,[^>]*>[^<]*<figcaption>Detection error trade-off', page)
     assert "FAR of the verifier, skilled" in ran.results["figures"]
+
+
+def test_the_control_tells_darker_forgeries_and_the_network_does_not_see_them(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    for darkness in (20, 140):  # of the forgeries' darker strokes; that of genuine images is 140
+        for writer, is_forged, number in itertools.product("12", (False, True), range(12)):
+            image = Image.new("L", (128, 64), 250)
+            points = [tuple(point) for point in rng.uniform(8, 56, (6, 2)) * (2, 1)]
+            level = darkness if is_forged else 140
+            ImageDraw.Draw(image).line(points, fill=level, width=3)
+            ImageDraw.Draw(image).line(points[:4], fill=170 + int(rng.integers(10)), width=3)
+            path = in_folders(tmp_path / str(darkness), writer, is_forged, number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    darker, alike = (ImageDataset.from_signatures(tmp_path / str(darkness)) for darkness in (20, 140))
+    assert signatures.told_by_ink(darker) < 0.25
+    assert 0.25 < signatures.told_by_ink(alike) <= 0.5
+    page = Image.new("L", (400, 200), 250)
+    ImageDraw.Draw(page).line([(50, 50), (300, 150)], fill=20, width=9)
+    lighter = Image.fromarray(np.where(np.asarray(page) < 200, 120, 250).astype(np.uint8))
+    black, grey = (signatures.start(None, 0, grey=grey).preprocess for grey in (False, True))
+    np.testing.assert_array_equal(black(page), black(lighter))
+    assert int(grey(page).max()) > int(grey(lighter).max()) + 50
 
 
 def test_a_square_model_of_other_images_goes_on_with_puzzles_at_the_size_of_signatures(
