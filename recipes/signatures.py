@@ -44,7 +44,7 @@ from vitembed.evaluate import EvaluationReport, Figure, evaluate_data
 from vitembed.evaluation_page import write_evaluation_page
 from vitembed.files import atomic_write
 from vitembed.images import load_image
-from vitembed.ink import clean_scan
+from vitembed.ink import clean_scan, ink_of_cleaned
 from vitembed.preprocess import Preprocess
 from vitembed.training import Augment, ImageDataset, TrainConfig, build_loss, train
 from vitembed.training.jigsaw import JigsawConfig, pretrain_jigsaw
@@ -95,9 +95,10 @@ def run(args: argparse.Namespace) -> None:
     for seed in range(args.seeds):
         check_out(args.out / f"seed-{seed}", overwrite=False)  # now, and not after puzzles and trainings
     test, reports = data.with_classes(judged), []
-    control = told_by_ink(test)
-    print(f"control, EER by the spread of the ink's darkness alone, one image at a time: {control:.4f}", flush=True)
     evaluate_data(start(args.init, 0, grey=args.grey), test)  # what cannot be judged is told before the training
+    control = told_by_ink(test)
+    if control is not None:
+        print(f"control, EER by the spread of the ink's darkness alone, one image at a time: {control:.4f}", flush=True)
     for seed in range(args.seeds):
         folder, model = args.out / f"seed-{seed}", start(args.init, seed, grey=args.grey)
         drawn = np.random.default_rng(seed).choice(others, args.calibrate, replace=False).tolist()
@@ -118,15 +119,19 @@ def run(args: argparse.Namespace) -> None:
             print(name, *(f"{key}: {value}" for key, value in row.items()), sep="\n    ", flush=True)
 
 
-def told_by_ink(data: ImageDataset) -> float:
+def told_by_ink(data: ImageDataset) -> float | None:
     """Return the EER of telling forgeries from genuine images by one number of each, the spread of its ink's darkness.
 
-    There is no reference: where this is far below a half, the set itself, and not the signature, tells forgeries.
+    There is no reference: where this is far below a half, the set itself, and not the signature, tells forgeries. Which
+    side is a forgery, and from which number on, is chosen by the labels. None where there are no forgeries.
     """
+    if data.forgery_of is None:
+        return None
     spread = []
     for image in map(load_image, data.images):
-        ink = np.asarray(clean_scan(image, binarize=True)) == 0
-        spread.append(np.asarray(clean_scan(image))[ink].std() if ink.any() else 0.0)
+        cleaned = clean_scan(image)
+        darkness = np.asarray(cleaned)[ink_of_cleaned(cleaned)]
+        spread.append(darkness.std() if darkness.size else 0.0)
     eer = metrics.equal_error_rate(np.array(spread), data.forgery_of >= 0)[0]
     return float(min(eer, 1 - eer))
 

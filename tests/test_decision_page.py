@@ -175,14 +175,16 @@ def test_both_images_are_described_and_named(tmp_path: Path) -> None:
 
 def test_scans_are_shown_cleaned_and_other_images_as_they_are(tmp_path: Path) -> None:
     images = [ink((200, 120), (40, 40, 140, 50))] * 2
-    raw, cleaned = (
-        written(tmp_path, images=images, preprocess=Preprocess.grey((28, 28), scan=scan)).all("image")[0]["href"]
-        for scan in (False, True)
+    raw, cleaned, black = (
+        written(tmp_path, images=images, preprocess=Preprocess.grey((28, 28), **how)).all("image")[0]["href"]
+        for how in ({}, {"scan": True}, {"scan": True, "binarize": True})
     )
     assert decoded(raw).size == (200, 120)
     assert decoded(raw).getpixel((0, 0)) == 235
     assert decoded(cleaned).getpixel((0, 0)) == 255
     assert decoded(cleaned).width < 200  # cropped to the ink
+    assert decoded(cleaned).convert("L").getextrema()[0] > 0
+    assert np.unique(np.asarray(decoded(black).convert("L"))).tolist() == [0, 255]
 
 
 def test_a_photograph_is_shown_upright(tmp_path: Path) -> None:

@@ -273,7 +273,7 @@ def test_unknown_setting_names_the_nearest() -> None:
         ({"std": (1.0, 0.0, 1.0)}, "std must be above 0"),
         ({"invert": 1}, "invert must be true or false; got 1"),
         ({"scan": 1}, "scan must be true or false; got 1"),
-        ({"binarize": True}, "binarize is of the ink that scan finds, so that it needs scan, too"),
+        ({"binarize": True}, "binarize needs scan=True, which finds the ink"),
         ({"scan": True, "binarize": 1}, "binarize must be true or false; got 1"),
         ({"scan": True, "fill": 0}, "fill must be 255 for scan, whose ink comes on pure white; got 0"),
         ({"fill": 256}, "fill must be an integer from 0 to 255; got 256"),

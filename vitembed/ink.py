@@ -93,8 +93,8 @@ def clean_scan(image: Image.Image, *, binarize: bool = False) -> Image.Image:
 
     Args:
         image: mode "L" or "RGB", as `vitembed.images.load_image` returns it; any other is converted.
-        binarize: make the ink black, by Otsu's threshold between it and the white, so that how hard a pen pressed and
-            how a scanner was set tell no images apart.
+        binarize: make the ink that was found black, by Otsu's threshold between it and the white, so that how hard a
+            pen pressed and how a scanner was set are not seen. Strokes much fainter than the rest may not be found.
 
     Returns:
         A new image of mode "L"; a blank page becomes a white image of its own size.
@@ -109,10 +109,13 @@ def clean_scan(image: Image.Image, *, binarize: bool = False) -> Image.Image:
     half = [math.ceil(max(x - left, right - x)) + margin, math.ceil(max(y - top, bottom - y)) + margin]
     canvas = Image.new("L", (2 * half[0], 2 * half[1]), 255)
     canvas.paste(cut, (round(half[0] - x) + box[0], round(half[1] - y) + box[1]))
-    if not binarize:
-        return canvas
-    dark = np.asarray(canvas) <= otsu_threshold(canvas.histogram())  # the margin is white: there are two levels
-    return Image.fromarray(np.where(dark, np.uint8(0), np.uint8(255)))
+    return Image.fromarray(np.where(ink_of_cleaned(canvas), np.uint8(0), np.uint8(255))) if binarize else canvas
+
+
+def ink_of_cleaned(cleaned: Image.Image) -> NDArray[np.bool_]:
+    """Return (h, w) bool, True on the ink of what `clean_scan` returned: what Otsu's threshold parts from the white."""
+    ink: NDArray[np.bool_] = np.asarray(cleaned) <= otsu_threshold(cleaned.histogram())
+    return ink
 
 
 def otsu_threshold(histogram: ArrayLike) -> int:

@@ -44,7 +44,7 @@ class Preprocess:
             number, as torchvision and timm do, "down" rounds it down, as transformers does.
         scan: the image is a scan or a photograph of ink: before all else `vitembed.ink.clean_scan` cuts the ink out of
             its ground, at the image's full size. A blank page becomes a blank image.
-        binarize: with `scan`, the ink is made black there, so that its darkness tells no images apart.
+        binarize: with `scan`, the ink that was found is made black, so that its darkness is not seen.
 
     Raises:
         ConfigError: if a value is of the wrong type or out of range.
@@ -79,7 +79,7 @@ class Preprocess:
         if self.scan and self.fill != 255:
             raise ConfigError(f"fill must be 255 for scan, whose ink comes on pure white; got {self.fill}")
         if self.binarize and not self.scan:
-            raise ConfigError("binarize is of the ink that scan finds, so that it needs scan, too")
+            raise ConfigError("binarize needs scan=True, which finds the ink that is made black; got scan=False")
         if not (_is_tuple_of(int | float, (self.crop_share,)) and 0 < self.crop_share <= 1):
             raise ConfigError(f"crop_share must be a number above 0 and at most 1; got {self.crop_share!r}")
         if self.resize == "pad" and self.crop_share != 1:
@@ -125,15 +125,17 @@ class Preprocess:
         Raises:
             ImageError: if the image cannot be read.
         """
-        image = load_image(source)
-        if self.scan:
-            image = clean_scan(image, binarize=self.binarize)
+        image = self.cleaned(load_image(source))
         image = image if image.mode == self.mode else image.convert(self.mode)
         view = np.asarray(self._resized(image))
         if self.mode == "L":
             view = view[:, :, None]
         pixels = view.transpose(2, 0, 1).copy()  # (H, W, C) -> (C, H, W)
         return np.invert(pixels, out=pixels) if self.invert else pixels  # of uint8 that is 255 - pixels
+
+    def cleaned(self, image: Image.Image) -> Image.Image:
+        """Return an image at its full size as the model is given it: of a scan the ink alone."""
+        return clean_scan(image, binarize=self.binarize) if self.scan else image
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values; without `scan` and `binarize` where they are off.

@@ -8,6 +8,7 @@ import pytest
 from tests.cli.test_commands import one_line
 from tests.conftest import Runner
 from vitembed.embedder import Embedder
+from vitembed.preprocess import Preprocess
 from vitembed.training import jigsaw
 from vitembed.training.jigsaw import JigsawResult
 
@@ -58,6 +59,14 @@ def test_pretrain_speaks_json_and_progress_goes_to_standard_error(cli: Runner, w
     assert found["jigsaw accuracy"] == found["history"][-1]["validation accuracy"]
     assert 0 < found["chance"] <= 1
     assert found["fingerprint"] == Embedder.from_pretrained(tmp_path / "m").fingerprint
+
+
+@pytest.mark.parametrize("command", ["pretrain", "train"])
+def test_black_ink_is_part_of_the_model(cli: Runner, world: Path, tmp_path: Path, command: str) -> None:
+    options = ["--out", tmp_path / "m", "--arch", "N/8", "--image-size", 16, "--epochs", 1, "--device", "cpu"]
+    assert "add --scan" in one_line(cli(command, world / "data", *options, "--ink", "--binarize"))
+    assert cli(command, world / "data", *options, "--scan", "--binarize").status == 0
+    assert Embedder.from_pretrained(tmp_path / "m").preprocess == Preprocess.grey((16, 16), scan=True, binarize=True)
 
 
 def test_what_has_learned_nothing_is_warned_of(

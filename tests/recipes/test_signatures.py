@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from recipes import signatures
@@ -204,27 +205,44 @@ def test_each_seed_leaves_a_model_a_verifier_for_it_and_a_page_with_det_curves(r
     assert "FAR of the verifier, skilled" in ran.results["figures"]
 
 
+def test_the_control_is_printed_and_kept(ran: Ran) -> None:
+    control = ran.results["control"]
+    assert 0 <= control <= 0.5
+    assert f"one image at a time: {control:.4f}\n" in ran.printed
+
+
 def test_the_control_tells_darker_forgeries_and_the_network_does_not_see_them(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
-    for darkness in (20, 140):  # of the forgeries' darker strokes; that of genuine images is 140
-        for writer, is_forged, number in itertools.product("12", (False, True), range(12)):
+    drawn: dict[tuple[str, int], list[NDArray[np.uint8]]] = {}
+    for writer, is_forged, number in itertools.product("12", (False, True), range(12)):
+        points = [tuple(point) for point in rng.uniform(8, 56, (6, 2)) * (2, 1)]
+        for name, darkness in (("darker", 60), ("alike", 130)):  # of the forgeries' first strokes
             image = Image.new("L", (128, 64), 250)
-            points = [tuple(point) for point in rng.uniform(8, 56, (6, 2)) * (2, 1)]
-            level = darkness if is_forged else 140
-            ImageDraw.Draw(image).line(points, fill=level, width=3)
-            ImageDraw.Draw(image).line(points[:4], fill=170 + int(rng.integers(10)), width=3)
-            path = in_folders(tmp_path / str(darkness), writer, is_forged, number)
+            ImageDraw.Draw(image).line(points, fill=darkness if is_forged else 130, width=3)
+            ImageDraw.Draw(image).line(points[:4], fill=140 + int(rng.integers(8)), width=3)
+            path = in_folders(tmp_path / name, writer, is_forged, number)
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path)
-    darker, alike = (ImageDataset.from_signatures(tmp_path / str(darkness)) for darkness in (20, 140))
-    assert signatures.told_by_ink(darker) < 0.25
-    assert 0.25 < signatures.told_by_ink(alike) <= 0.5
-    page = Image.new("L", (400, 200), 250)
-    ImageDraw.Draw(page).line([(50, 50), (300, 150)], fill=20, width=9)
-    lighter = Image.fromarray(np.where(np.asarray(page) < 200, 120, 250).astype(np.uint8))
-    black, grey = (signatures.start(None, 0, grey=grey).preprocess for grey in (False, True))
-    np.testing.assert_array_equal(black(page), black(lighter))
-    assert int(grey(page).max()) > int(grey(lighter).max()) + 50
+            if is_forged:
+                drawn.setdefault((writer, number), []).append(signatures.INK(image))
+    sets = [ImageDataset.from_signatures(tmp_path / name) for name in ("darker", "alike")]
+    darker, alike = map(signatures.told_by_ink, sets)
+    assert darker is not None
+    assert alike is not None
+    assert darker < 0.1
+    assert 0.25 < alike <= 0.5
+    for by_darkness in drawn.values():
+        np.testing.assert_array_equal(*by_darkness)
+    levels = [60, 130]
+    pages = [Image.fromarray(np.where(np.eye(200) > 0, np.uint8(level), np.uint8(250))) for level in levels]
+    grey = signatures.start(None, 0, grey=True).preprocess
+    assert int(grey(pages[0]).max()) > int(grey(pages[1]).max()) + 20
+
+
+def test_without_forgeries_there_is_no_control(tmp_path: Path) -> None:
+    data = ImageDataset.from_signatures(scribble(tmp_path, in_folders))
+    genuine = ImageDataset.from_arrays(list(data.images), [data.classes[label] for label in data.labels])
+    assert signatures.told_by_ink(genuine) is None
 
 
 def test_a_square_model_of_other_images_goes_on_with_puzzles_at_the_size_of_signatures(

@@ -49,7 +49,7 @@ def pretrain(
         bool,
         typer.Option(
             "--binarize",
-            help="With --scan: all ink is made black, so that its darkness tells no images apart.",
+            help="With --scan: the ink that is found is made black, so that its darkness is not seen.",
             rich_help_panel=NETWORK,
         ),
     ] = False,

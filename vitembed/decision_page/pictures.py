@@ -17,7 +17,6 @@ from PIL import Image
 
 from vitembed.errors import ImageError, VectorError
 from vitembed.images import ImageSource, load_image
-from vitembed.ink import clean_scan
 from vitembed.plots import MATCH, NON_MATCH
 from vitembed.preprocess import Preprocess
 from vitembed.report import picture_data
@@ -65,7 +64,7 @@ class Picture:
             ImageError: it cannot be read.
         """
         image = load_image(source)
-        return cls(name, clean_scan(image) if preprocess is not None and preprocess.scan else image)
+        return cls(name, image if preprocess is None else preprocess.cleaned(image))
 
 
 def name_of(source: ImageSource, number: int) -> str:

@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 
 from vitembed.errors import ConfigError, ImageError
 from vitembed.images import ImageSource, load_image
-from vitembed.ink import clean_scan, find_ink
+from vitembed.ink import clean_scan, find_ink, ink_of_cleaned
 from vitembed.preprocess import Preprocess
 
 ProblemKind = Literal["blank", "little ink", "too small", "near copy", "same file"]
@@ -157,8 +157,7 @@ def _problems_of_ink(height: int, length: float) -> list[Problem]:
 
 def _ink_alone(picture: Image.Image) -> Mask:
     """Return the ink's mask at its own scale, however small a part of its page it is."""
-    black: Mask = np.asarray(clean_scan(picture, binarize=True)) == 0
-    return black
+    return ink_of_cleaned(clean_scan(picture))
 
 
 def _stroke_length(ink: Mask) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitembed.architecture import MlpKind, ViTConfig
 from vitembed.vit import tokens
-from vitembed.vit.kernels import attention, is_plain, linear
+from vitembed.vit.kernels import attention, attention_weights, channels_last, is_plain, linear
 
 
 class PatchEmbed(nn.Module):
@@ -31,10 +31,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return (B, N, W) tokens of (B, C, H, W) images."""
-        x: Tensor = images
-        for layer in self.stem:  # convolutions are faster with the channels of a pixel side by side, as they then stay
-            x = layer(x.contiguous(memory_format=torch.channels_last))
-        x = self.proj(x)  # (B, W, rows, columns)
+        x: Tensor = self.proj(self.stem(channels_last(images) if len(self.stem) else images))  # (B, W, rows, columns)
         return x.flatten(2).transpose(1, 2)  # (B, W, N) -> (B, N, W)
 
 
@@ -50,7 +47,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """Return (B, T, W) for (B, T, W), every token attending to all; the shortcut is added if there is one."""
         q, k, v = self.split(linear(self.qkv, x), 3)
-        return self._join(attention(q, k, v), shortcut)
+        return self._join(attention(q, k, v, training=self.training), shortcut)
 
     def first_tokens(self, x: Tensor, count: int, bias: Tensor | None = None) -> Tensor:
         """Return (B, count, W): what `forward` gives for the first tokens, without the queries of the others.
@@ -68,17 +65,17 @@ class Attention(nn.Module):
         else:  # its weight is not all of it: an adapter or a hook must be called
             q, k, v = self.split(self.qkv(x), 3)
             q = q[:, :, :count]
-        return self._join(attention(q, k, v, bias))
+        return self._join(attention(q, k, v, bias, training=self.training))
 
     def with_keys(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Return attention with a (B, 1, 1, T) bias on its logits, and the keys averaged over the heads, (B, T, d)."""
         q, k, v = self.split(linear(self.qkv, x), 3)
-        return self._join(attention(q, k, v, bias)), k.mean(dim=1)
+        return self._join(attention(q, k, v, bias, training=self.training)), k.mean(dim=1)
 
     def with_weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return what `forward` gives and the (B, heads, T, T) attention weights, which fused attention hides."""
         q, k, v = self.split(self.qkv(x), 3)
-        weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        weights = attention_weights(q, k)
         return self._join(weights @ v), weights
 
     def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
