@@ -18,6 +18,7 @@ cores.
 
 import argparse
 import json
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -113,6 +114,8 @@ def main() -> None:
     if args.figures is not None:
         figures += json.loads(args.figures.read_text(encoding="utf-8"))
 
+    seen = sorted({re.sub(r"@\d+", "", name) for name in model.provenance["trained classes"]})  # turned ones go unsaid:
+    model.provenance |= {"trained classes": seen}  # four names a character would be a twentieth of the model
     model.save_pretrained(args.out)
     bound.save(args.out / f"{NAME}.verifier")
     atomic_write(args.out / FIGURES, json.dumps({"model": model.fingerprint, "figures": figures}, indent=1) + "\n")
