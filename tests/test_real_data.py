@@ -30,7 +30,8 @@ def test_letters_never_seen_are_told_apart_after_seconds_of_training(tmp_path: P
     dataset = ImageDataset.load(extract("omniglot_background", tmp_path / "letters", ALPHABETS))
     unseen = np.array([name.startswith("Korean") for name in dataset.classes])[dataset.labels]
     known, held = dataset.subset(~unseen), dataset.subset(unseen)
-    model = Embedder.create("N/8", preprocess=Preprocess.grey((32, 32)), stem="conv", pooling="mean", device="cpu")
+    reading = Preprocess.grey((32, 32), scan=True)
+    model = Embedder.create("N/8", preprocess=reading, stem="conv", pooling="mean", device="cpu")
     before = evaluate_embeddings(model.encode(held.images), held.labels)
     config = TrainConfig(
         epochs=2, classes_per_batch=24, images_per_class=4, augment=Augment.named("ink"), validation="none", workers=2

@@ -1,6 +1,8 @@
 """What the training commands share: the options of a network, and making one."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
 
 from vitembed.errors import ConfigError
 
@@ -11,6 +13,27 @@ Stem = Literal["linear", "conv"]
 Pooling = Literal["cls", "mean"]
 
 NETWORK = "Network"  # the group of these options in --help
+
+Ink = Annotated[
+    bool,
+    typer.Option("--ink", help="Dark ink on white: grey, inverted, padded; --augment ink.", rich_help_panel=NETWORK),
+]
+Scan = Annotated[
+    bool,
+    typer.Option(
+        "--scan",
+        help="Scans or photographs of ink: ground removed, cropped to the ink and centred; implies --ink.",
+        rich_help_panel=NETWORK,
+    ),
+]
+Binarize = Annotated[
+    bool,
+    typer.Option(
+        "--binarize",
+        help="With --scan: the ink that is found is made black, so that its darkness is not seen.",
+        rich_help_panel=NETWORK,
+    ),
+]
 
 
 def new_embedder(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vitembed.cli.networks import NETWORK, Pooling, Stem, new_embedder
+from vitembed.cli.networks import NETWORK, Binarize, Ink, Pooling, Scan, Stem, new_embedder
 from vitembed.cli.output import Device, Json, Seed, Workers, print_figures, print_json, warn
 from vitembed.cli.training import SETTINGS, Precision
 from vitembed.errors import unknown_name
@@ -31,28 +31,9 @@ def pretrain(
     dim: Annotated[
         int | None, typer.Option(min=1, help="Width of the embedding to train later.", rich_help_panel=NETWORK)
     ] = None,
-    ink: Annotated[
-        bool,
-        typer.Option(
-            "--ink", help="Dark ink on white: grey, inverted, padded; --augment ink.", rich_help_panel=NETWORK
-        ),
-    ] = False,
-    scan: Annotated[
-        bool,
-        typer.Option(
-            "--scan",
-            help="Scans or photographs of ink: ground removed, cropped to the ink and centred; implies --ink.",
-            rich_help_panel=NETWORK,
-        ),
-    ] = False,
-    binarize: Annotated[
-        bool,
-        typer.Option(
-            "--binarize",
-            help="With --scan: the ink that is found is made black, so that its darkness is not seen.",
-            rich_help_panel=NETWORK,
-        ),
-    ] = False,
+    ink: Ink = False,
+    scan: Scan = False,
+    binarize: Binarize = False,
     tile: Annotated[int, typer.Option(min=1, help="Side of a tile, in patches.", rich_help_panel=PUZZLE)] = 1,
     mask: Annotated[float, typer.Option(help="Share of the tiles that is hidden.", rich_help_panel=PUZZLE)] = 0.1,
     min_contrast: Annotated[

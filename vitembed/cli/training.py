@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vitembed.cli.models import open_model
-from vitembed.cli.networks import NETWORK, Pooling, Stem, new_embedder
+from vitembed.cli.networks import NETWORK, Binarize, Ink, Pooling, Scan, Stem, new_embedder
 from vitembed.cli.output import Device, Json, Seed, Workers, warn
 from vitembed.cli.settings_file import Config, settings_text
 from vitembed.cli.training_reports import print_plan, print_rate, print_result
@@ -66,28 +66,9 @@ def train(
         int | None,
         typer.Option(min=1, help="Width of the embedding; that of the network by default.", rich_help_panel=NETWORK),
     ] = None,
-    ink: Annotated[
-        bool,
-        typer.Option(
-            "--ink", help="Dark ink on white: grey, inverted, padded; --augment ink.", rich_help_panel=NETWORK
-        ),
-    ] = False,
-    scan: Annotated[
-        bool,
-        typer.Option(
-            "--scan",
-            help="Scans or photographs of ink: ground removed, cropped to the ink and centred; implies --ink.",
-            rich_help_panel=NETWORK,
-        ),
-    ] = False,
-    binarize: Annotated[
-        bool,
-        typer.Option(
-            "--binarize",
-            help="With --scan: the ink that is found is made black, so that its darkness is not seen.",
-            rich_help_panel=NETWORK,
-        ),
-    ] = False,
+    ink: Ink = False,
+    scan: Scan = False,
+    binarize: Binarize = False,
     loss: Annotated[
         str,
         typer.Option(
