@@ -36,9 +36,9 @@ from vitembed.files import atomic_write
 from vitembed.preprocess import Preprocess
 from vitembed.training import Augment, TrainConfig, build_loss, train
 
-READING = Preprocess.grey((32, 32), scan=True)  # the ink cut out and centred: place and size tell no character
+PREPROCESS = Preprocess.grey((32, 32), scan=True)  # the ink cut out and centred: place and size are the drawer's
 NETWORK = ViTConfig(
-    image_size=READING.size,
+    image_size=PREPROCESS.size,
     patch_size=8,
     channels=1,
     width=192,
@@ -98,10 +98,10 @@ def run(args: argparse.Namespace) -> None:
         print(f"trained on {len(learned)} alphabets, judged on {', '.join(unseen.alphabets)}", flush=True)
     report = args.out / "figures.json"
     figures = json.loads(report.read_text()) if report.exists() else {}
-    untrained = Embedder.create(NETWORK, preprocess=READING)
+    untrained = Embedder.create(NETWORK, preprocess=PREPROCESS)
     tell("untrained", judged(untrained, unseen, args.runs))  # what cannot be judged is told now, not after an hour
     for seed in args.seeds:
-        model = Embedder.create(NETWORK, preprocess=READING, seed=seed)
+        model = Embedder.create(NETWORK, preprocess=PREPROCESS, seed=seed)
         config = replace(TRAINING, epochs=args.epochs, seed=seed)
         folder = args.out / f"seed{seed}"
         train(model, pool, loss=build_loss(LOSS), config=config, out=folder, resume=True, progress=True)

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
         check_out(args.out / f"seed-{seed}", overwrite=False)  # now, and not after puzzles and trainings
     test, reports = data.with_classes(judged), []
     evaluate_data(start(args.init, 0, grey=args.grey), test)  # what cannot be judged is told before the training
-    control = told_by_ink(test)
+    control = darkness_eer(test)
     if control is not None:
         print(f"control, EER by the spread of the ink's darkness alone, one image at a time: {control:.4f}", flush=True)
     for seed in range(args.seeds):
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
             print(name, *(f"{key}: {value}" for key, value in row.items()), sep="\n    ", flush=True)
 
 
-def told_by_ink(data: ImageDataset) -> float | None:
+def darkness_eer(data: ImageDataset) -> float | None:
     """Return the EER of telling forgeries from genuine images by one number of each, the spread of its ink's darkness.
 
     There is no reference: where this is far below a half, the set itself, and not the signature, tells forgeries. Which

@@ -45,10 +45,10 @@ def recipe(protocols: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType
     module = importlib.import_module("omniglot")
     training = replace(module.TRAINING, classes_per_batch=8, images_per_class=2, epochs=1)
     network = ViTConfig((16, 16), 8, channels=1, width=16, depth=1, heads=2)
-    assert module.READING.scan  # which takes a second for a thousand images, and is tested elsewhere
-    assert module.NETWORK.image_size == module.READING.size
+    assert module.PREPROCESS.scan  # which takes a second for a thousand images, and is tested elsewhere
+    assert module.NETWORK.image_size == module.PREPROCESS.size
     reading = Preprocess.grey((16, 16))
-    for name, value in {"NETWORK": network, "READING": reading, "TRAINING": training}.items():
+    for name, value in {"NETWORK": network, "PREPROCESS": reading, "TRAINING": training}.items():
         assert hasattr(module, name)
         monkeypatch.setattr(module, name, value)
     return module

@@ -226,7 +226,7 @@ def test_the_control_tells_darker_forgeries_and_the_network_does_not_see_them(tm
             if is_forged:
                 drawn.setdefault((writer, number), []).append(signatures.INK(image))
     sets = [ImageDataset.from_signatures(tmp_path / name) for name in ("darker", "alike")]
-    darker, alike = map(signatures.told_by_ink, sets)
+    darker, alike = map(signatures.darkness_eer, sets)
     assert darker is not None
     assert alike is not None
     assert darker < 0.1
@@ -242,7 +242,7 @@ def test_the_control_tells_darker_forgeries_and_the_network_does_not_see_them(tm
 def test_without_forgeries_there_is_no_control(tmp_path: Path) -> None:
     data = ImageDataset.from_signatures(scribble(tmp_path, in_folders))
     genuine = ImageDataset.from_arrays(list(data.images), [data.classes[label] for label in data.labels])
-    assert signatures.told_by_ink(genuine) is None
+    assert signatures.darkness_eer(genuine) is None
 
 
 def test_a_square_model_of_other_images_goes_on_with_puzzles_at_the_size_of_signatures(
