@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from vitembed.embedder import Embedder
 from vitembed.errors import TrainingError
+from vitembed.training.allocation import kept_memory
 from vitembed.training.arrangement import arrange
 from vitembed.training.classification import fit_head
 from vitembed.training.config import TrainConfig
@@ -144,6 +145,7 @@ def _run_through(
     """Train from where a run stands to its end."""
     hidden = not progress or not on_main()
     with (
+        kept_memory(model.device),
         cheaper_training(model.network, config),
         shared_norms(model.network),
         deferred_termination() as termination,
