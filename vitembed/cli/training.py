@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Validation = Literal["classes", "images", "none"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Head = Literal["linear", "mlp"]
+Optimizer = Literal["adamw", "muon"]
 OnCollapse = Literal["stop", "warn"]
 
 LOSS, SETTINGS, THRIFT, SAFETY = "Loss", "Training", "Time and memory", "Safety"  # groups of options in --help
@@ -121,6 +122,18 @@ def train(
         int, typer.Option(min=2, help="P: classes that meet in a batch.", rich_help_panel=SETTINGS)
     ] = 32,
     images_per_class: Annotated[int, typer.Option(min=2, help="K: images of each.", rich_help_panel=SETTINGS)] = 4,
+    categories_per_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Draw the classes of a batch from so many categories, the CATEGORY of classes named CATEGORY/CLASS.",
+            rich_help_panel=SETTINGS,
+        ),
+    ] = None,
+    optimizer: Annotated[
+        Optimizer,
+        typer.Option(help="muon learns faster from nothing, at --lr 5e-3 or so.", rich_help_panel=SETTINGS),
+    ] = "adamw",
     learning_rate: Annotated[
         float,
         typer.Option("--learning-rate", "--lr", help="The highest; 1e-5 to 1e-4 for --init.", rich_help_panel=SETTINGS),
@@ -240,6 +253,8 @@ def train(
         epochs=epochs,
         classes_per_batch=classes_per_batch,
         images_per_class=images_per_class,
+        categories_per_batch=categories_per_batch,
+        optimizer=optimizer,
         learning_rate=learning_rate,
         loss_learning_rate=loss_learning_rate,
         fine_tune=FineTune(layer_decay, frozen_epochs),

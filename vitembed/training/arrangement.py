@@ -7,12 +7,14 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from vitembed.embedder import Embedder
 from vitembed.errors import ConfigError, DataError
 from vitembed.training.classification import ShuffledBatches, check_classifiable
 from vitembed.training.config import TrainConfig
 from vitembed.training.data.datasets import ImageDataset
-from vitembed.training.data.sampling import ClassBalancedSampler
+from vitembed.training.data.sampling import ClassBalancedSampler, Ints
 from vitembed.training.hard_negatives import require_search
 from vitembed.training.learner import Loss, Miner, needs_logits
 
@@ -68,6 +70,8 @@ def _settle(config: TrainConfig, loss: Loss, miner: Miner | None) -> TrainConfig
         if config.head is not None:
             raise ConfigError(f"head {config.head!r} is for a classification loss such as cross-entropy; got {loss}")
         return dataclasses.replace(config, validation=config.validation or "classes")
+    if config.categories_per_batch is not None:
+        raise ConfigError(f"categories_per_batch is for a loss of embeddings, but {loss} is of logits; leave it out")
     if config.hard_negatives is not None:
         raise ConfigError(f"hard negatives are for a loss of embeddings, but {loss} is of logits; leave them out")
     if miner is not None:
@@ -92,4 +96,17 @@ def _sampler(
         images_per_class=config.images_per_class,
         seed=config.seed,
         forgery_of=train_set.forgery_of,
+        categories=None if config.categories_per_batch is None else _categories(train_set),
+        categories_per_batch=config.categories_per_batch,
     )
+
+
+def _categories(train_set: ImageDataset) -> Ints:
+    """Return the categories of the images, of which there must be some."""
+    categories = train_set.categories
+    if len(np.unique(categories)) < 2:
+        raise DataError(
+            "categories_per_batch needs classes named CATEGORY/CLASS, of two categories or more; "
+            f"got such as {train_set.classes[0]!r}: leave it out"
+        )
+    return categories

@@ -10,6 +10,7 @@ from vitembed.errors import ConfigError, unknown_name
 from vitembed.training.data.augment import Augment
 from vitembed.training.data.datasets import VALIDATIONS, Validation
 from vitembed.training.hard_negatives import HardNegatives
+from vitembed.training.optimizers import OPTIMIZERS, OptimizerName
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Head = Literal["linear", "mlp"]
@@ -131,8 +132,14 @@ class TrainConfig:
         classes_per_batch: P, classes that meet in a batch.
         images_per_class: K, images of each. P x K = 128 fits a small ViT on a processor; more negatives help. A
             classification loss has no need of pairs: its batches are P x K images drawn without regard to class.
-        learning_rate: the highest; 1e-3 suits a small ViT from scratch, 1e-5 to 1e-4 one that knows something already.
-        weight_decay: of AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), on matrices only.
+        categories_per_batch: how many categories the classes of a batch come from, such as alphabets of characters: the
+            fewer, the more alike are the classes that a batch tells apart. A category is what the names of its classes
+            have before the last slash; see `ImageDataset.categories`. None to draw classes without regard to them.
+        optimizer: "adamw" (Loshchilov and Hutter 2019, arXiv:1711.05101), or "muon", which learns more from as many
+            images where a network starts from nothing; see `vitembed.training.optimizers.Muon`.
+        learning_rate: the highest; 1e-3 suits a small ViT from scratch, 1e-5 to 1e-4 one that knows something already;
+            with Muon and a network from scratch, 5e-3.
+        weight_decay: decoupled from the gradient, on matrices only.
         loss_learning_rate: the highest of the parameters of the loss, such as the proxies of ProxyAnchorLoss, which
             want a hundred times more than the network; None for that of the network.
         warmup: share of the steps in which the rate rises from 0; then it falls to 0 along a cosine.
@@ -172,6 +179,8 @@ class TrainConfig:
     epochs: int = 20
     classes_per_batch: int = 32
     images_per_class: int = 4
+    categories_per_batch: int | None = None
+    optimizer: OptimizerName = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     loss_learning_rate: float | None = None
@@ -203,6 +212,7 @@ class TrainConfig:
         rules: dict[str, Rule] = {
             "classes_per_batch": (lambda value: value >= 2, "at least 2, else a batch has no negatives"),
             "images_per_class": (lambda value: value >= 2, "at least 2, else a batch has no positives"),
+            "categories_per_batch": (lambda value: value is None or value >= 1, "at least 1, or None"),
             "loss_learning_rate": (lambda value: value is None or 0 < value < math.inf, "above 0, or None"),
             "ema": (lambda value: value is None or 0 < value < 1, "in (0, 1), or None"),
             "patience": (lambda value: value is None or value >= 1, "at least 1, or None"),
@@ -210,6 +220,8 @@ class TrainConfig:
             "patch_dropout": (lambda value: 0 <= value < 1, "in [0, 1)"),
         }
         check_settings(self, rules)
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown_name("optimizer", self.optimizer, OPTIMIZERS)
         if self.validation is not None and self.validation not in VALIDATIONS:
             raise unknown_name("validation", self.validation, VALIDATIONS)
         if self.head is not None and self.head not in HEADS:

@@ -20,6 +20,8 @@ from vitembed.preprocess import Preprocess
 from vitembed.training.config import TrainConfig
 from vitembed.training.data.datasets import ImageDataset
 from vitembed.training.learner import Loss, Miner, cheaper_training, needs_logits
+from vitembed.training.optimizers import build_optimizer
+from vitembed.training.parameter_groups import parameter_groups
 
 _ENOUGH = 0.25  # seconds: in what takes less, the clock and what comes once a call weigh too much
 _LOSS_ROWS = 1024  # the loss of a larger batch is measured on so many, and taken to grow with their square
@@ -67,7 +69,7 @@ def measure_step(
     with cheaper_training(network, config):
         step.run(2)  # memory is taken and kernels are chosen once
         train = _seconds_each(step.run, device, at_once)
-        optimizer = _optimizer_seconds(network, loss, device)
+        optimizer = _optimizer_seconds(network, loss, config, device)
         saved, saved_fixed = step.saved()
     if config.gradient_checkpointing:  # the blocks' insides come back one at a time
         with cheaper_training(network, dataclasses.replace(config, gradient_checkpointing=False)):
@@ -169,13 +171,11 @@ def _loss_costs(network: EmbeddingNet, loss: Loss, miner: Miner | None, labels: 
     return growth * _seconds(step, labels.device), growth * saved
 
 
-def _optimizer_seconds(network: nn.Module, loss: Loss, device: torch.device) -> float:
-    """Return the seconds of a step of AdamW whose moments are there already."""
-    trained = list(network.parameters()) + (list(loss.parameters()) if isinstance(loss, nn.Module) else [])
-    trained = [parameter for parameter in trained if parameter.requires_grad]
-    if not trained:
-        return 0.0
-    optimizer = torch.optim.AdamW(trained, lr=1e-6)
+def _optimizer_seconds(network: nn.Module, loss: Loss, config: TrainConfig, device: torch.device) -> float:
+    """Return the seconds of a step of the optimizer, whose moments are there already."""
+    optimizer = build_optimizer(
+        config.optimizer, parameter_groups(network, loss, device, learning_rate=1e-6, weight_decay=config.weight_decay)
+    )
     optimizer.step()
     return _seconds(optimizer.step, device)
 

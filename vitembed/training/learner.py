@@ -84,7 +84,7 @@ class Learner:
             layer_decay=config.fine_tune.layer_decay,
             loss_learning_rate=config.loss_learning_rate,
         )
-        self._stepper = Stepper(groups, model.device, config, steps=steps)
+        self._stepper = Stepper(groups, model.device, config, steps=steps, optimizer=config.optimizer)
         self._seed, self._taken = config.seed, 0  # steps
         self._frozen = False
         if not any(parameter.requires_grad for group in groups for parameter in group["params"]):

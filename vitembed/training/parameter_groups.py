@@ -46,7 +46,8 @@ def parameter_groups(
         loss_learning_rate: the highest of the loss's parameters; None for that of the network.
 
     Returns:
-        Groups with "params", "lr" and "weight_decay"; those of the loss come last, and are marked by "of_loss".
+        Groups with "params", "lr", "weight_decay" and "matrices", whether the group is one of matrices of the network;
+            those of the loss come last, and are marked by "of_loss".
 
     Raises:
         ConfigError: if there are no blocks to decay the rate over.
@@ -59,14 +60,14 @@ def parameter_groups(
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         level = _level(name, depth) if layer_decay != 1 else 0
-        plain = parameter.ndim < 2 or name.endswith(("pos_embed", "_token"))
-        groups.setdefault((level, plain), []).append(parameter)
+        groups.setdefault((level, not is_matrix(name, parameter)), []).append(parameter)
     top = max((level for level, _ in groups), default=0)
     found = [
         {
             "params": parameters,
             "lr": learning_rate * layer_decay ** (top - level),
             "weight_decay": 0.0 if plain else weight_decay,
+            "matrices": not plain,
             "of_loss": False,
         }
         for (level, plain), parameters in sorted(groups.items(), key=lambda item: item[0])
@@ -74,10 +75,15 @@ def parameter_groups(
     own = list(loss.to(device).parameters()) if isinstance(loss, nn.Module) else []
     if own:
         rate = learning_rate if loss_learning_rate is None else loss_learning_rate
-        found.append({"params": own, "lr": rate, "weight_decay": 0.0, "of_loss": True})
+        found.append({"params": own, "lr": rate, "weight_decay": 0.0, "matrices": False, "of_loss": True})
     elif loss_learning_rate is not None:
         raise ConfigError(f"the loss {loss} has no parameters, so it takes no learning rate of its own")
     return found
+
+
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Tell whether a parameter of a network maps vectors to vectors, as positions and single tokens do not."""
+    return parameter.ndim >= 2 and not name.endswith(("pos_embed", "_token"))
 
 
 def _level(name: str, depth: int) -> int:

@@ -27,6 +27,7 @@ from vitembed.training.data.datasets import ImageDataset
 from vitembed.training.data.pixels import MAX_CACHE_BYTES
 from vitembed.training.learner import Learner, Loss, Miner
 from vitembed.training.losses.metric import TripletLoss
+from vitembed.training.parameter_groups import is_matrix
 from vitembed.training.random_states import RandomStates
 from vitembed.training.stepper import precision_on
 from vitembed.vit import ViT
@@ -44,7 +45,7 @@ class MemoryEstimate:
     Attributes:
         weights: of the network, of its moving average and of the loss, where these have some; with their buffers.
         gradients: of what is trained.
-        moments: AdamW's two for each of these.
+        moments: what the optimizer remembers of these: AdamW two numbers for each, Muon one for those of matrices.
         activations: what the network and the loss keep for the backward pass, for a batch or, with gradient caching, a
             chunk of it.
         batch: the pixels of a batch, and as floats those that are changed at once.
@@ -254,11 +255,13 @@ def _memory(
     parameters = [*network.parameters(), *_parts(loss, nn.Module.parameters)]
     state = sum(map(_bytes, network.state_dict().values()))
     trained = sum(_bytes(parameter) for parameter in parameters if parameter.requires_grad)
+    once = {id(parameter) for name, parameter in network.named_parameters() if is_matrix(name, parameter)}
+    once = once if config.optimizer == "muon" else set()
     return MemoryEstimate(
         weights=sum(map(_bytes, [*parameters, *network.buffers(), *_parts(loss, nn.Module.buffers)]))
         + (state if config.ema is not None else 0),
         gradients=trained,
-        moments=2 * trained,
+        moments=2 * trained - sum(_bytes(one) for one in parameters if one.requires_grad and id(one) in once),
         activations=round(costs.saved_fixed + at_once * costs.saved),
         batch=batch * pixels + at_once * 4 * pixels,
         dataset=kept,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vitembed.errors import TrainingError
 from vitembed.training.distributed import sum_gradients
+from vitembed.training.optimizers import OptimizerName, build_optimizer
 
 
 class StepConfig(Protocol):
@@ -31,16 +32,25 @@ class StepConfig(Protocol):
 
 
 class Stepper:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with a linear warm-up and a cosine, in mixed precision.
+    """An optimizer with a linear warm-up and a cosine, in mixed precision.
 
     Args:
         groups: what is trained, as `parameter_groups` sorts it.
         device: where it is.
         config: the settings.
         steps: how many there will be.
+        optimizer: its name.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], device: torch.device, config: StepConfig, *, steps: int) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        device: torch.device,
+        config: StepConfig,
+        *,
+        steps: int,
+        optimizer: OptimizerName = "adamw",
+    ) -> None:
         # accelerate keeps its settings for the whole process; an earlier training may have had others.
         AcceleratorState._reset_state(reset_partial_state=True)
         precision = precision_on(device, config.precision).replace("fp32", "no")  # accelerate's word for it
@@ -51,7 +61,7 @@ class Stepper:
         rising = int(config.warmup * steps)
         # The network itself is not prepared: accelerate would wrap its `forward` in mixed precision for good, and the
         # embedder would then give other vectors than the model that is saved.
-        self._optimizer = self._accelerator.prepare(torch.optim.AdamW(groups))
+        self._optimizer = self._accelerator.prepare(build_optimizer(optimizer, groups))
         # Nor is the schedule, which accelerate would let run as many times as fast as there are processes.
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer.optimizer, lambda step: _rate(step, rising, steps)

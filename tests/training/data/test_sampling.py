@@ -37,6 +37,64 @@ def test_an_epoch_sees_every_image_in_batches_of_distinct_images_of_few_classes(
         assert all(size == min(images, counts[label]) for label, size in zip(present, sizes, strict=True))
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.lists(st.integers(1, 12), min_size=2, max_size=9), min_size=2, max_size=5),
+    classes=st.integers(2, 8),
+    categories=st.integers(1, 8),
+    seed=st.integers(0, 100),
+)
+def test_with_categories_an_epoch_is_as_long_and_sees_every_image(
+    sizes: list[list[int]], classes: int, categories: int, seed: int
+) -> None:
+    counts = [count for row in sizes for count in row]
+    of_class = np.repeat(np.arange(len(sizes)), [len(row) for row in sizes])
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+    kinds: dict[str, Any] = {"classes_per_batch": classes, "images_per_class": 3, "seed": seed}
+    chosen = min(categories, classes)
+    sampler = ClassBalancedSampler(labels, **kinds, categories=of_class[labels], categories_per_batch=chosen)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == len(ClassBalancedSampler(labels, **kinds))
+    assert {i for batch in batches for i in batch} == set(range(len(labels)))
+    assert all(len(np.unique(labels[batch])) == min(classes, len(counts)) for batch in batches)
+
+
+def test_a_batch_has_classes_of_few_categories_and_all_categories_have_their_turns() -> None:
+    classes = np.repeat(np.arange(50), 4)  # of 4 images each, in 5 categories of 10
+    sampler = ClassBalancedSampler(
+        classes, classes_per_batch=8, images_per_class=2, categories=classes // 10, categories_per_batch=2
+    )
+    held = [np.bincount(np.unique(classes[batch]) // 10, minlength=5) for batch in sampler]
+    assert np.mean([sorted(row)[-2:] == [4, 4] for row in held]) > 0.7  # the rest is what was left over at the end
+    assert (np.array(held[:6]) > 0).any(axis=0).all()
+
+
+def test_forgeries_are_of_the_category_of_their_writer() -> None:
+    labels = np.array([0, 0, 1, 1, 2, 2, 3, 3, 4, 5])
+    sampler = ClassBalancedSampler(
+        labels,
+        classes_per_batch=2,
+        images_per_class=2,
+        forgery_of=np.where(labels < 4, -1, labels - 4),
+        categories=np.where(labels < 4, labels // 2, 7),
+        categories_per_batch=1,
+    )
+    batches = list(sampler)
+    assert sum(len(batch) for batch in batches) == 10
+    assert all(len({int(label) // 2 for label in labels[batch] if label < 4}) == 1 for batch in batches)
+
+
+def test_categories_that_do_not_fit_are_refused() -> None:
+    labels = np.repeat(np.arange(4), 3)
+    kinds: dict[str, Any] = {"classes_per_batch": 2, "images_per_class": 2}
+    with pytest.raises(DataError, match=r"got \(3,\)"):
+        ClassBalancedSampler(labels, **kinds, categories=np.zeros(3, np.int64), categories_per_batch=1)
+    with pytest.raises(DataError, match="some class is of two"):
+        ClassBalancedSampler(labels, **kinds, categories=np.arange(12) % 2, categories_per_batch=1)
+    with pytest.raises(ConfigError, match=r"must lie in \[1, 2\]"):
+        ClassBalancedSampler(labels, **kinds, categories=labels // 2, categories_per_batch=3)
+
+
 def test_no_schedule_has_fewer_batches() -> None:
     labels = np.repeat(np.arange(4), [8, 8, 8, 40])
     sampler = ClassBalancedSampler(labels, classes_per_batch=2, images_per_class=4)

@@ -20,7 +20,7 @@ from PIL import Image
 from vitembed.errors import ConfigError, DataError, ImageError, unknown_name
 from vitembed.images import ImageSource, list_images
 from vitembed.layouts import Names, names_of_folders, names_of_signatures
-from vitembed.training.data.labels import name_numbers, names_of_labels
+from vitembed.training.data.labels import category_of, name_numbers, names_of_labels
 from vitembed.training.data.lazy import LazyImages
 from vitembed.training.data.rotations import TurnedImages
 from vitembed.training.data.splits import leaked_classes, of_classes, pick_classes, pick_images
@@ -74,6 +74,17 @@ class ImageDataset:
     def identities(self) -> tuple[str, ...]:
         """The names of the classes of genuine images."""
         return tuple(self.classes[label] for label in np.unique(self.labels[self._writers < 0]))
+
+    @property
+    def categories(self) -> NDArray[np.int64]:
+        """(N,) int64, the category of each image's class: what its name has before the last slash.
+
+        `greek/alpha` and `greek/beta` are of one category; `greek/alpha@90`, which `with_rotations` makes, is of
+        another, with all that is Greek and turned alike.
+        """
+        names = [category_of(name) for name in self.classes]
+        numbers = np.unique(names, return_inverse=True)[1]
+        return np.asarray(numbers[self.labels], dtype=np.int64)
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> "ImageDataset":

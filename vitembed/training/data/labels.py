@@ -1,9 +1,10 @@
 """Labels as they are given (strings, numbers) become the names of classes.
 
 Two labels are one class exactly when their names are equal, so labels that text would silently join or split are
-refused.
+refused. What stands before the last slash of a name is the category of the class.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from vitembed.errors import DataError
 from vitembed.layouts import Names, name_forgery
+
+_TURN = re.compile(r"@(90|180|270)$")  # as `ImageDataset.with_rotations` names what it turns
 
 
 def names_of_labels(labels: Iterable[object], forgery_of: Iterable[object] | None) -> Names:
@@ -33,6 +36,16 @@ def names_of_labels(labels: Iterable[object], forgery_of: Iterable[object] | Non
         [str(label) if writer is None else name_forgery(writer, i) for i, (label, writer) in enumerate(both)],
         [None if writer is None else str(writer) for writer in writers],
     )
+
+
+def category_of(name: str) -> str:
+    """Return the category of a class of this name; a turn stays, for what is turned alike is alike.
+
+    >>> category_of("greek/alpha"), category_of("greek/alpha@90"), category_of("cup")
+    ('greek', 'greek@90', '')
+    """
+    turn = _TURN.search(name)
+    return name[: turn.start() if turn else None].rpartition("/")[0] + (turn[0] if turn else "")
 
 
 def name_numbers(labels: Iterable[object], names: Sequence[str]) -> list[object]:

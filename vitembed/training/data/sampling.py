@@ -40,6 +40,11 @@ class ClassBalancedSampler:
     are to be told from. They come in addition: a batch has at most P (K + `forgeries_per_class`) images. A forgery
     whose writer has no images here is a class like any other.
 
+    With categories, the classes of a batch come from a few of them, such as characters of four alphabets or products of
+    four kinds, so that a batch holds more that is alike: the category balanced sampling of open-metric-learning. Those
+    come first of which the larger share has not been seen. Where these have too few classes, others fill the batch, as
+    they do towards the end of an epoch, when what was not seen lies in many categories.
+
     Set `neighbours` between epochs, and up to half of the classes of a batch are those that the others are mistaken
     for: the hard neighbours of the images chosen first come in themselves, with other images of their classes. Epochs
     keep their length and show every image all the same, so that towards their end fewer neighbours are left to choose.
@@ -51,13 +56,16 @@ class ClassBalancedSampler:
         seed: epoch `e` is the same for the same seed and neighbours, whatever came before.
         forgery_of: (N,) the class that an image imitates, -1 for a genuine image; None if all are genuine.
         forgeries_per_class: how many forgeries come beside a group at most; None for K.
+        categories: (N,) int64, that of each image's class, 0 or above; that of a forgery is not read. None for none.
+        categories_per_batch: how many categories a batch is made of; None to draw without regard to them.
 
     Attributes:
         epoch: the number of the epoch that `iter` starts.
 
     Raises:
-        ConfigError: if P or K is below 2, or there is no room for forgeries.
-        DataError: if there are fewer than two classes, or a forgery is not alone in its class.
+        ConfigError: if P or K is below 2, there is no room for forgeries, or more categories than classes in a batch.
+        DataError: if there are fewer than two classes, a forgery is not alone in its class, or a class is of two
+            categories.
     """
 
     def __init__(
@@ -69,6 +77,8 @@ class ClassBalancedSampler:
         seed: int = 0,
         forgery_of: Ints | None = None,
         forgeries_per_class: int | None = None,
+        categories: Ints | None = None,
+        categories_per_batch: int | None = None,
     ) -> None:
         if classes_per_batch < 2 or images_per_class < 2:
             raise ConfigError(
@@ -84,6 +94,15 @@ class ClassBalancedSampler:
             raise DataError(f"batches need at least 2 classes to draw from; got {len(classes)}")
         self._classes_per_batch = min(classes_per_batch, len(classes))
         self._sizes = (images_per_class, forgeries_per_class or images_per_class)
+        self._category: Ints | None = None  # (C,)
+        if categories is not None and categories_per_batch is not None:
+            self._category = _category_of_classes(self._side, ~self._is_forged, categories)
+            if not 1 <= categories_per_batch <= classes_per_batch:
+                raise ConfigError(
+                    f"categories_per_batch must lie in [1, {classes_per_batch}], the classes of a batch; "
+                    f"got {categories_per_batch}"
+                )
+        self._categories_per_batch = categories_per_batch
         self._seed = seed
         left = self._deal(np.random.default_rng(0)).left
         self._length = max(int(left.max()), -(-int(left.sum()) // self._classes_per_batch))
@@ -124,7 +143,7 @@ class ClassBalancedSampler:
     def _draw(self, dealer: "_Dealer", neighbours: Ints | None, rng: np.random.Generator) -> Iterator[list[int]]:
         size = self._classes_per_batch
         for after in reversed(range(self._length)):  # how many batches come after this one
-            order = _largest(dealer.left + rng.random(len(dealer.left)), size + size // 2)  # ties at random
+            order = self._order(dealer, after, rng)
             spare = size - max(0, int(dealer.left.sum()) - size * after)  # groups that need not be new ones
             urgent = np.count_nonzero(dealer.left > after)  # classes that must come now to come to an end
             first = size if neighbours is None else max(size - size // 2, urgent)
@@ -136,6 +155,29 @@ class ClassBalancedSampler:
                 if len(groups) < size and int(label) not in groups:
                     groups[int(label)] = dealer.group(label)
             yield [image for group in groups.values() for image in group]
+
+    def _order(self, dealer: "_Dealer", after: int, rng: np.random.Generator) -> Ints:
+        """Return the classes that a batch is made of, the first first, and some more.
+
+        Args:
+            dealer: knows what is left.
+            after: how many batches come after this one.
+            rng: breaks ties.
+        """
+        size = self._classes_per_batch
+        priority = dealer.left + rng.random(len(dealer.left))  # those with most groups left, ties at random
+        if self._category is None or self._categories_per_batch is None:
+            return _largest(priority, size + size // 2)
+        left = np.bincount(self._category, dealer.left) / np.bincount(self._category)  # groups a class, by category
+        left[left > 0] += rng.random(np.count_nonzero(left))
+        together = -(-size // self._categories_per_batch)
+        step = dealer.left.max() + 1.0  # from one rank to the next
+        for category in _largest(left, self._categories_per_batch):
+            members = np.flatnonzero((self._category == category) & (dealer.left > 0))
+            if len(members):
+                priority[members[_largest(priority[members], together)]] += step
+        priority[dealer.left > after] += 2 * step  # those that must come now to come to an end
+        return _largest(priority, size + size // 2)
 
     def _invite(self, neighbours: Ints, groups: dict[int, list[int]], dealer: "_Dealer", spare: int) -> None:
         """Add groups around neighbours of the images of a batch, until it is full or no neighbour can come.
@@ -312,6 +354,18 @@ def _forgeries_with_writer(labels: Ints, forgery_of: Ints | None) -> NDArray[np.
     if len(shared) or len(np.unique(labels[is_forged])) < np.count_nonzero(is_forged):
         raise DataError("each forgery must be a class of its own; some share a label with another image")
     return is_forged & np.isin(forgery_of, labels[~is_forged])
+
+
+def _category_of_classes(side: Ints, is_genuine: NDArray[np.bool_], categories: Ints) -> Ints:
+    """(C,) the category of each class, numbered anew; a forgery is of that of the writer beside whom it comes."""
+    if categories.shape != side.shape:
+        raise DataError(f"expected a category for each of the {len(side)} images; got {categories.shape}")
+    found = np.full(side.max() + 1, -1)
+    found[side[is_genuine]] = categories[is_genuine]
+    if (found[side] != categories)[is_genuine].any():
+        raise DataError("every image of a class must be of one category; some class is of two")
+    numbers: Ints = np.unique(found, return_inverse=True)[1]
+    return numbers
 
 
 def _largest(values: NDArray[np.float64], count: int) -> Ints:
