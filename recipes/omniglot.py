@@ -36,7 +36,7 @@ from vitembed.files import atomic_write
 from vitembed.preprocess import Preprocess
 from vitembed.training import Augment, TrainConfig, build_loss, train
 
-PREPROCESS = Preprocess.grey((32, 32), scan=True)  # the ink cut out and centred: place and size are the drawer's
+PREPROCESS = Preprocess.grey((40, 40), scan=True)  # the ink cut out and centred: place and size are the drawer's
 NETWORK = ViTConfig(
     image_size=PREPROCESS.size,
     patch_size=8,
@@ -49,10 +49,12 @@ NETWORK = ViTConfig(
 )
 LOSS = "MultiSimilarityLoss(alpha=2, beta=50, base=0.5)"
 TRAINING = TrainConfig(
-    epochs=12,
+    epochs=10,
     classes_per_batch=32,
     images_per_class=8,
-    learning_rate=2e-3,
+    categories_per_batch=2,  # alphabets, as they are turned: what must be told apart meets
+    optimizer="muon",
+    learning_rate=5e-3,
     augment=replace(Augment.named("ink"), elastic=0.01, stroke=0.25),
     precision="bf16",
     validation="none",
