@@ -53,6 +53,23 @@ def test_cheaper_computation_is_recorded(cli: Runner, world: Path, tmp_path: Pat
     assert (settings["patch_dropout"], settings["gradient_checkpointing"], settings["compile"]) == (0.5, True, False)
 
 
+def test_muon_and_categories_are_recorded(cli: Runner, world: Path, tmp_path: Path) -> None:
+    for path in (world / "data").glob("*/*"):
+        number = int(path.parent.name.removeprefix("class"))
+        home = tmp_path / "data" / ("odd" if number % 2 else "even") / path.parent.name
+        home.mkdir(parents=True, exist_ok=True)
+        (home / path.name).write_bytes(path.read_bytes())
+    options = ["--optimizer", "muon", "--categories-per-batch", "1", "--epochs", "1"]
+    outcome = cli("train", tmp_path / "data", "--out", tmp_path / "m", *TRAIN, *options)
+    assert outcome.status == 0, outcome.err
+    settings = config_of(tmp_path / "m")["provenance"]["settings"]
+    assert (settings["optimizer"], settings["categories_per_batch"]) == ("muon", 1)
+    refused = error(cli("train", world / "data", "--out", tmp_path / "n", *TRAIN, *options))
+    assert "classes named CATEGORY/CLASS" in refused
+    classified = cli("train", tmp_path / "data", "--out", tmp_path / "n", *TRAIN, *options, "--loss", "cross-entropy")
+    assert "categories_per_batch is for a loss of embeddings" in error(classified)
+
+
 def test_a_model_is_taken_on_to_images_of_another_size(cli: Runner, world: Path, tmp_path: Path) -> None:
     options = ["--init", world / "model", "--image-size", "16", "--lr", "1e-4", "--epochs", "1", "--workers", "0"]
     outcome = cli("train", world / "data", "--out", tmp_path / "m", *options)

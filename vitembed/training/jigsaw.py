@@ -36,6 +36,7 @@ from vitembed.embedder import Embedder
 from vitembed.errors import DataError
 from vitembed.files import atomic_write
 from vitembed.images import list_images
+from vitembed.training.allocation import kept_memory
 from vitembed.training.classification import ShuffledBatches
 from vitembed.training.config import Precision, Rule, check_settings
 from vitembed.training.data.augment import Augment
@@ -174,7 +175,10 @@ def pretrain_jigsaw(
     history: list[Record] = []
     chance, state = 0.0, snapshot(model)
     try:
-        with tqdm(total=solver.steps, unit="batch", disable=not progress) as bar:
+        with (
+            kept_memory(model.device),
+            tqdm(total=solver.steps, unit="batch", disable=not progress) as bar,
+        ):
             for epoch in range(1, config.epochs + 1):
                 bar.set_description(f"epoch {epoch}/{config.epochs}")
                 started = time.perf_counter()
