@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from vitembed.training import (
 )
 from vitembed.training import learner as learner_module
 from vitembed.training.checkpoints import list_checkpoints
+from vitembed.training.identity import check_resumable
 from vitembed.training.losses.specs import describe
 from vitembed.vit import ViTConfig
 
@@ -71,6 +73,11 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(learner_module.Learner, "step", step)
 
 
+def in_categories(data: ImageDataset) -> ImageDataset:
+    """Name the classes so that they are of two categories."""
+    return replace(data, classes=tuple(f"{number % 2}/{name}" for number, name in enumerate(data.classes)))
+
+
 class DrawsFromNumpy(torch.nn.Module):
     """A miner of others that draws its triplets with numpy's global generator."""
 
@@ -104,6 +111,7 @@ FEATURES: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any]]]
     "a miner with a state": (TripletLoss, Counting, {}),
     "distance-weighted": (lambda: TripletLoss(mining="distance-weighted"), lambda: None, {}),
     "classification": (CrossEntropyLoss, lambda: None, {}),
+    "muon": (TripletLoss, lambda: None, {"optimizer": "muon", "precision": "bf16", "categories_per_batch": 1}),
     "fine-tuning": (TripletLoss, lambda: None, {"fine_tune": FineTune(0.7, 1), "patience": 3}),
 }
 
@@ -114,10 +122,11 @@ def test_a_resumed_training_has_the_weights_of_an_uninterrupted_one(
 ) -> None:
     make_loss, make_miner, settings = FEATURES[feature]
     config = TrainConfig(**(QUICK | settings))
+    data = in_categories(stripes()) if config.categories_per_batch else stripes()
 
     def run(out: Path, **options: Any) -> tuple[str, list[dict[str, Any]], int]:
         model = embedder(dim=16) if feature == "fine-tuning" else embedder()
-        result = train(model, stripes(), loss=make_loss(), miner=make_miner(), config=config, out=out, **options)
+        result = train(model, data, loss=make_loss(), miner=make_miner(), config=config, out=out, **options)
         assert Embedder.from_pretrained(out, device="cpu").fingerprint == model.fingerprint
         records = [{k: v for k, v in record.items() if k != "seconds"} for record in result.history]
         return model.fingerprint, records, result.best_epoch
@@ -178,6 +187,13 @@ def test_a_training_of_another_kind_is_not_resumed(
 
 def my_loss(embeddings: torch.Tensor, labels: torch.Tensor, tuples: Any = None) -> torch.Tensor:
     return TripletLoss()(embeddings, labels)
+
+
+def test_settings_that_did_not_exist_yet_had_their_defaults() -> None:
+    now = {"optimizer": "adamw", "epochs": 3}
+    check_resumable({"epochs": 3}, now, "out")
+    with pytest.raises(CheckpointError, match="optimizer adamw, and now it is muon"):
+        check_resumable({"epochs": 3}, {**now, "optimizer": "muon"}, "out")
 
 
 def test_a_function_is_the_same_loss_in_another_process() -> None:

@@ -11,18 +11,20 @@ from contextlib import contextmanager
 
 import torch
 
-# Parameters of glibc's mallopt(3) and what they are by default.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-_DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_MAX: 65536}
-_KEPT = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
+# Parameters of glibc's mallopt(3). Once one is set, its rule of following the sizes of freed blocks is off for good, so
+# that what comes afterwards is where that rule ends up in a process with large blocks, not the start values.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_KEPT = {_TRIM_THRESHOLD: -1, _MMAP_MAX: 0}  # never given back; never outside of the heap
+_AFTERWARDS = {_TRIM_THRESHOLD: 64 * 2**20, _MMAP_THRESHOLD: 32 * 2**20, _MMAP_MAX: 65536}
 
 
 @contextmanager
 def kept_memory(device: torch.device) -> Iterator[None]:
     """Let freed blocks stay with the process while it computes on a processor, and give them back afterwards.
 
-    Without effect on other devices, whose memory torch keeps by itself, and with a C library other than glibc. Settings
-    of the allocator that the environment made (`GLIBC_TUNABLES`) are glibc's defaults afterwards.
+    Without effect on other devices, whose memory torch keeps by itself, and with a C library other than glibc. The
+    settings are the process's: one training's end gives back what another keeps beside it, and thresholds that the
+    environment set (`GLIBC_TUNABLES`) are 64 MiB for trimming and 32 MiB for blocks of their own afterwards.
     """
     mallopt = _function("mallopt") if device.type == "cpu" else None
     if mallopt is None:
@@ -33,7 +35,7 @@ def kept_memory(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        for parameter, value in _DEFAULTS.items():
+        for parameter, value in _AFTERWARDS.items():
             mallopt(parameter, value)
         if (trim := _function("malloc_trim")) is not None:
             trim(0)

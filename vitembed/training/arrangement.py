@@ -103,10 +103,15 @@ def _sampler(
 
 def _categories(train_set: ImageDataset) -> Ints:
     """Return the categories of the images, of which there must be some."""
-    categories = train_set.categories
-    if len(np.unique(categories)) < 2:
+    names = train_set.identities
+    if not any("/" in name for name in names):
         raise DataError(
-            "categories_per_batch needs classes named CATEGORY/CLASS, of two categories or more; "
-            f"got such as {train_set.classes[0]!r}: leave it out"
+            f"categories_per_batch needs classes named CATEGORY/CLASS; got such as {names[0]!r}: leave it out"
         )
-    return categories
+    genuine = np.ones(len(train_set), np.bool_) if train_set.forgery_of is None else train_set.forgery_of < 0
+    if len(np.unique(train_set.categories[genuine])) < 2:
+        raise DataError(
+            f"all {len(names)} classes that are trained on are of one category, such as {names[0]!r}, so that "
+            "categories_per_batch tells nothing: leave it out, or hold out other classes"
+        )
+    return train_set.categories

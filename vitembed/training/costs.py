@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vitembed.embedding_net import EmbeddingNet, evaluating
 from vitembed.errors import ImageError
 from vitembed.preprocess import Preprocess
+from vitembed.training.allocation import kept_memory
 from vitembed.training.config import TrainConfig
 from vitembed.training.data.datasets import ImageDataset
 from vitembed.training.learner import Loss, Miner, cheaper_training, needs_logits
@@ -66,7 +67,7 @@ def measure_step(
     at_once = config.gradient_cache or len(labels)
     step = _Step(network, loss, config, precision, device)
     network.train()
-    with cheaper_training(network, config):
+    with kept_memory(device), cheaper_training(network, config):
         step.run(2)  # memory is taken and kernels are chosen once
         train = _seconds_each(step.run, device, at_once)
         optimizer = _optimizer_seconds(network, loss, config, device)

@@ -54,8 +54,9 @@ def check_resumable(before: Mapping[str, Any], now: Mapping[str, Any], where: st
     Raises:
         CheckpointError: naming the first difference.
     """
+    defaults = json.loads(json.dumps(dataclasses.asdict(TrainConfig()), default=str))
     for name in [*now, *before]:
-        old, new = before.get(name), now.get(name)
+        old, new = before.get(name, defaults.get(name)), now.get(name)  # a setting that is newer had its default
         if old != new:
             old, new = _shortest_difference(old, new)
             raise CheckpointError(

@@ -35,8 +35,9 @@ class Muon(torch.optim.Optimizer):
 
     A step of an (m, n) matrix is scaled by 0.2 sqrt(max(m, n)), so that its entries are about as large as AdamW's, and
     learning rate and weight decay mean the same for both (Liu et al. 2025, arXiv:2502.16982, "Muon is Scalable for LLM
-    Training"). A convolution is taken as the matrix (output channels, the rest). torch's own `torch.optim.Muon`, from
-    2.9 on, has neither convolutions nor the AdamW beside.
+    Training"). A convolution is taken as the matrix (output channels, the rest), and queries, keys and values of a
+    layer as the one matrix that they are stored in. torch's own `torch.optim.Muon`, from 2.9 on, has neither
+    convolutions nor the AdamW beside.
 
     Args:
         groups: dictionaries with "params", "lr", "weight_decay" and "matrices": whether Muon takes the group; then its

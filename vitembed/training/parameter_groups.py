@@ -1,7 +1,6 @@
 """Which parameters an optimizer treats alike: decayed or not, near the images or far from them, of the loss.
 
-Groups are lists of the dictionaries that torch's optimizers take. Each has the share of the learning rate that it gets
-under "share", so that a schedule needs to know one rate alone.
+Groups are dictionaries as torch's optimizers take them, each with its own highest learning rate.
 """
 
 import re
@@ -10,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from vitembed.embedding_net import EmbeddingNet
 from vitembed.errors import ConfigError
 from vitembed.vit import ViT
 
 _BLOCK = re.compile(r"backbone\.blocks\.(\d+)\.")
+_HEADS = ("backbone.head", "backbone.head_dist")
 _AFTER_THE_BLOCKS = ("backbone.norm.", "backbone.pre_logits.", "backbone.head.", "backbone.head_dist.")
 
 
@@ -46,8 +47,8 @@ def parameter_groups(
         loss_learning_rate: the highest of the loss's parameters; None for that of the network.
 
     Returns:
-        Groups with "params", "lr", "weight_decay" and "matrices", whether the group is one of matrices of the network;
-            those of the loss come last, and are marked by "of_loss".
+        Groups with "params", "lr", "weight_decay" and "matrices", whether the group is one of `hidden_matrices`; those
+            of the loss come last, and are marked by "of_loss".
 
     Raises:
         ConfigError: if there are no blocks to decay the rate over.
@@ -57,20 +58,22 @@ def parameter_groups(
         if not (isinstance(network, EmbeddingNet) and isinstance(network.backbone, ViT)):
             raise ConfigError("layer_decay counts the blocks of a ViT of vitembed; another network stands in here")
         depth = network.backbone.config.depth
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[int, bool, bool], list[nn.Parameter]] = {}
+    matrices = hidden_matrices(network)
     for name, parameter in network.named_parameters():
         level = _level(name, depth) if layer_decay != 1 else 0
-        groups.setdefault((level, not is_matrix(name, parameter)), []).append(parameter)
-    top = max((level for level, _ in groups), default=0)
+        plain = parameter.ndim < 2 or name.endswith(("pos_embed", "_token"))
+        groups.setdefault((level, plain, id(parameter) in matrices), []).append(parameter)
+    top = max((level for level, _, _ in groups), default=0)
     found = [
         {
             "params": parameters,
             "lr": learning_rate * layer_decay ** (top - level),
             "weight_decay": 0.0 if plain else weight_decay,
-            "matrices": not plain,
+            "matrices": is_matrices,
             "of_loss": False,
         }
-        for (level, plain), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (level, plain, is_matrices), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
     own = list(loss.to(device).parameters()) if isinstance(loss, nn.Module) else []
     if own:
@@ -81,9 +84,20 @@ def parameter_groups(
     return found
 
 
-def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Tell whether a parameter of a network maps vectors to vectors, as positions and single tokens do not."""
-    return parameter.ndim >= 2 and not name.endswith(("pos_embed", "_token"))
+def hidden_matrices(network: nn.Module) -> set[int]:
+    """Return the `id` of each weight that maps vectors to vectors within a network, which is what Muon is for.
+
+    Weights of linear layers, of attention as torch has it, and of convolutions whose channels all meet (not depthwise
+    ones); no tables of positions, and no classification head of a ViT, as Jordan (2024) leaves output layers to AdamW.
+    """
+    found = set()
+    for name, module in network.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            found.add(id(module.in_proj_weight))
+        is_map = isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and module.groups == 1)
+        if is_map and name not in _HEADS:
+            found.add(id(module.weight))
+    return found
 
 
 def _level(name: str, depth: int) -> int:

@@ -27,7 +27,7 @@ from vitembed.training.data.datasets import ImageDataset
 from vitembed.training.data.pixels import MAX_CACHE_BYTES
 from vitembed.training.learner import Learner, Loss, Miner
 from vitembed.training.losses.metric import TripletLoss
-from vitembed.training.parameter_groups import is_matrix
+from vitembed.training.parameter_groups import hidden_matrices
 from vitembed.training.random_states import RandomStates
 from vitembed.training.stepper import precision_on
 from vitembed.vit import ViT
@@ -255,8 +255,7 @@ def _memory(
     parameters = [*network.parameters(), *_parts(loss, nn.Module.parameters)]
     state = sum(map(_bytes, network.state_dict().values()))
     trained = sum(_bytes(parameter) for parameter in parameters if parameter.requires_grad)
-    once = {id(parameter) for name, parameter in network.named_parameters() if is_matrix(name, parameter)}
-    once = once if config.optimizer == "muon" else set()
+    once = hidden_matrices(network) if config.optimizer == "muon" else set()
     return MemoryEstimate(
         weights=sum(map(_bytes, [*parameters, *network.buffers(), *_parts(loss, nn.Module.buffers)]))
         + (state if config.ema is not None else 0),

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from vitembed.embedder import Embedder
 from vitembed.errors import ConfigError, TrainingError
+from vitembed.training.allocation import kept_memory
 from vitembed.training.arrangement import Arrangement, arrange
 from vitembed.training.classification import fit_head
 from vitembed.training.config import TrainConfig
@@ -112,7 +113,7 @@ def _run(
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise ConfigError("nothing of this model requires a gradient, so no rate can matter: thaw the network")
     learner = Learner(model, loss, miner, arranged.config, steps=len(rates))
-    with cheaper_training(network, config):
+    with kept_memory(model.device), cheaper_training(network, config):
         network.train()
         for rate, batch in zip(rates.tolist(), _batches(model, arranged), strict=False):
             learner.use_rate(rate)

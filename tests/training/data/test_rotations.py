@@ -79,3 +79,15 @@ def test_a_training_of_other_files_under_the_same_names_is_another_one(tmp_path:
 
     assert identity_of(tmp_path / "one") == identity_of(tmp_path / "one")
     assert identity_of(tmp_path / "one") != identity_of(tmp_path / "two")
+
+
+def test_the_category_of_a_class_is_what_it_lies_in_and_how_it_is_turned() -> None:
+    data = ImageDataset.from_arrays(PICTURES, ["a/x", "a/y", "b/x", "b/deep/x"][: len(PICTURES)]).with_rotations()
+    groups: dict[int, set[str]] = {}
+    for label, category in zip(data.labels, data.categories, strict=True):
+        groups.setdefault(int(category), set()).add(data.classes[label])
+    assert {"a/x", "a/y"} in groups.values()
+    assert {"a/x@90", "a/y@90"} in groups.values()
+    assert {"b/x"} in groups.values()
+    assert {"b/deep/x@180"} in groups.values()
+    assert len(groups) == 12

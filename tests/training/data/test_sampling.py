@@ -59,6 +59,19 @@ def test_with_categories_an_epoch_is_as_long_and_sees_every_image(
     assert all(len(np.unique(labels[batch])) == min(classes, len(counts)) for batch in batches)
 
 
+def test_hard_neighbours_come_beside_categories() -> None:
+    labels = np.repeat(np.arange(12), 4)
+    kinds: dict[str, Any] = {"categories": labels // 6, "categories_per_batch": 1}
+    sampler = ClassBalancedSampler(labels, classes_per_batch=4, images_per_class=2, **kinds)
+    other = (np.arange(48) + 24) % 48  # an image of the other category
+    sampler.neighbours = other[:, None]
+    batches = list(sampler)
+    assert {i for batch in batches for i in batch} == set(range(48))
+    assert len(batches) == len(sampler)
+    first = np.unique(labels[batches[0]])
+    assert {int(label + 6) % 12 for label in first} == set(first.tolist())
+
+
 def test_a_batch_has_classes_of_few_categories_and_all_categories_have_their_turns() -> None:
     classes = np.repeat(np.arange(50), 4)  # of 4 images each, in 5 categories of 10
     sampler = ClassBalancedSampler(
@@ -87,9 +100,13 @@ def test_forgeries_are_of_the_category_of_their_writer() -> None:
 def test_categories_that_do_not_fit_are_refused() -> None:
     labels = np.repeat(np.arange(4), 3)
     kinds: dict[str, Any] = {"classes_per_batch": 2, "images_per_class": 2}
-    with pytest.raises(DataError, match=r"got \(3,\)"):
+    with pytest.raises(DataError, match=r"got int64 of shape \(3,\)"):
         ClassBalancedSampler(labels, **kinds, categories=np.zeros(3, np.int64), categories_per_batch=1)
-    with pytest.raises(DataError, match="some class is of two"):
+    with pytest.raises(DataError, match="got float64 of shape"):
+        ClassBalancedSampler(labels, **kinds, categories=np.zeros(12), categories_per_batch=1)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="needs the categories"):
+        ClassBalancedSampler(labels, **kinds, categories_per_batch=1)
+    with pytest.raises(DataError, match="those of some class are of several"):
         ClassBalancedSampler(labels, **kinds, categories=np.arange(12) % 2, categories_per_batch=1)
     with pytest.raises(ConfigError, match=r"must lie in \[1, 2\]"):
         ClassBalancedSampler(labels, **kinds, categories=labels // 2, categories_per_batch=3)

@@ -40,10 +40,11 @@ class ClassBalancedSampler:
     are to be told from. They come in addition: a batch has at most P (K + `forgeries_per_class`) images. A forgery
     whose writer has no images here is a class like any other.
 
-    With categories, the classes of a batch come from a few of them, such as characters of four alphabets or products of
-    four kinds, so that a batch holds more that is alike: the category balanced sampling of open-metric-learning. Those
-    come first of which the larger share has not been seen. Where these have too few classes, others fill the batch, as
-    they do towards the end of an epoch, when what was not seen lies in many categories.
+    With categories, such as the alphabets of characters or the kinds of products, a batch holds more that is alike: G
+    of them give up to P / G classes each, as in the category balanced sampling of open-metric-learning. Those come
+    first whose classes have most groups left. The places that they leave free, having too few classes with groups left,
+    go to classes of any category: some in most batches where a category has few classes, and many at the end of an
+    epoch, which is no longer than without categories.
 
     Set `neighbours` between epochs, and up to half of the classes of a batch are those that the others are mistaken
     for: the hard neighbours of the images chosen first come in themselves, with other images of their classes. Epochs
@@ -56,16 +57,18 @@ class ClassBalancedSampler:
         seed: epoch `e` is the same for the same seed and neighbours, whatever came before.
         forgery_of: (N,) the class that an image imitates, -1 for a genuine image; None if all are genuine.
         forgeries_per_class: how many forgeries come beside a group at most; None for K.
-        categories: (N,) int64, that of each image's class, 0 or above; that of a forgery is not read. None for none.
-        categories_per_batch: how many categories a batch is made of; None to draw without regard to them.
+        categories: (N,) integers of at least 0, the category of each image's class; a forgery that comes beside a
+            writer is of the writer's, whatever stands here. None for none.
+        categories_per_batch: G, how many of them a batch is drawn from; None to draw without regard to them.
 
     Attributes:
         epoch: the number of the epoch that `iter` starts.
 
     Raises:
-        ConfigError: if P or K is below 2, there is no room for forgeries, or more categories than classes in a batch.
-        DataError: if there are fewer than two classes, a forgery is not alone in its class, or a class is of two
+        ConfigError: if P or K is below 2, there is no room for forgeries, or G is below 1, above P or without
             categories.
+        DataError: if there are fewer than two classes, a forgery is not alone in its class, or categories are no whole
+            numbers, one a class.
     """
 
     def __init__(
@@ -95,7 +98,9 @@ class ClassBalancedSampler:
         self._classes_per_batch = min(classes_per_batch, len(classes))
         self._sizes = (images_per_class, forgeries_per_class or images_per_class)
         self._category: Ints | None = None  # (C,)
-        if categories is not None and categories_per_batch is not None:
+        if categories_per_batch is not None:
+            if categories is None:
+                raise ConfigError(f"categories_per_batch {categories_per_batch} needs the categories of the images")
             self._category = _category_of_classes(self._side, ~self._is_forged, categories)
             if not 1 <= categories_per_batch <= classes_per_batch:
                 raise ConfigError(
@@ -358,12 +363,13 @@ def _forgeries_with_writer(labels: Ints, forgery_of: Ints | None) -> NDArray[np.
 
 def _category_of_classes(side: Ints, is_genuine: NDArray[np.bool_], categories: Ints) -> Ints:
     """(C,) the category of each class, numbered anew; a forgery is of that of the writer beside whom it comes."""
-    if categories.shape != side.shape:
-        raise DataError(f"expected a category for each of the {len(side)} images; got {categories.shape}")
+    if categories.shape != side.shape or categories.dtype.kind not in "iu":
+        got = f"{categories.dtype} of shape {categories.shape}"
+        raise DataError(f"expected whole numbers of shape ({len(side)},), the category of each image; got {got}")
     found = np.full(side.max() + 1, -1)
     found[side[is_genuine]] = categories[is_genuine]
     if (found[side] != categories)[is_genuine].any():
-        raise DataError("every image of a class must be of one category; some class is of two")
+        raise DataError("all images of a class must be of one category; those of some class are of several")
     numbers: Ints = np.unique(found, return_inverse=True)[1]
     return numbers
 
