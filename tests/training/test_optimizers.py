@@ -158,3 +158,16 @@ def test_a_training_with_muon_learns_and_can_be_planned() -> None:
 def test_an_unknown_optimizer_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'muon'"):
         TrainConfig(optimizer="mun")  # type: ignore[arg-type]
+
+
+def test_a_closure_computes_the_gradients_first() -> None:
+    (parameter,) = parameters((3, 4))
+    before = parameter.detach().clone()
+
+    def closure() -> float:
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss.item()
+
+    assert Muon([group([parameter], matrices=True)]).step(closure) == pytest.approx(float(before.square().sum()))
+    assert not torch.equal(parameter, before)

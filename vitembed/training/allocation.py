@@ -1,8 +1,8 @@
 """Memory of a training on a processor: what a step frees stays with the process for the next step.
 
 glibc hands blocks of megabytes back to the kernel as soon as they are freed, and every step asks for the same blocks
-again: the kernel then zeroes them page by page, which took a sixth of a training step with a convolutional stem
-(`benchmarks/allocation.py`).
+again: the kernel then zeroes them page by page, which took a tenth to a sixth of a training step with a convolutional
+stem (`benchmarks/allocation.py`).
 """
 
 import ctypes
