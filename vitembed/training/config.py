@@ -132,9 +132,10 @@ class TrainConfig:
         classes_per_batch: P, classes that meet in a batch.
         images_per_class: K, images of each. P x K = 128 fits a small ViT on a processor; more negatives help. A
             classification loss has no need of pairs: its batches are P x K images drawn without regard to class.
-        categories_per_batch: how many categories the classes of a batch come from, such as alphabets of characters: the
-            fewer, the more alike are the classes that a batch tells apart. A category is what the names of its classes
-            have before the last slash; see `ImageDataset.categories`. None to draw classes without regard to them.
+        categories_per_batch: how many categories the classes of a batch are drawn from, such as alphabets of
+            characters: the fewer, the more alike are the classes that a batch tells apart. Where these have too few
+            classes left in an epoch, others fill the batch. A category is what the names of its classes have before the
+            last slash; see `ImageDataset.categories`. None to draw classes without regard to them.
         optimizer: "adamw" (Loshchilov and Hutter 2019, arXiv:1711.05101), or "muon", which learns more from as many
             images where a network starts from nothing; see `vitembed.training.optimizers.Muon`.
         learning_rate: the highest; 1e-3 suits a small ViT from scratch, 1e-5 to 1e-4 one that knows something already;

@@ -39,8 +39,7 @@ def identity(
         "processes": world_size(),
         **_data(dataset),
     }
-    plain: dict[str, Any] = json.loads(json.dumps(described, default=str))
-    return plain
+    return _as_json(described)
 
 
 def check_resumable(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
@@ -54,7 +53,7 @@ def check_resumable(before: Mapping[str, Any], now: Mapping[str, Any], where: st
     Raises:
         CheckpointError: naming the first difference.
     """
-    defaults = json.loads(json.dumps(dataclasses.asdict(TrainConfig()), default=str))
+    defaults = _as_json(dataclasses.asdict(TrainConfig()))
     for name in [*now, *before]:
         old, new = before.get(name, defaults.get(name)), now.get(name)  # a setting that is newer had its default
         if old != new:
@@ -63,6 +62,12 @@ def check_resumable(before: Mapping[str, Any], now: Mapping[str, Any], where: st
                 f"{where} holds a training with {name} {old}, and now it is {new}: resume with the same settings and "
                 "data, or train into another folder"
             )
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values as they come back from a file."""
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return plain
 
 
 def _network(network: EmbeddingNet) -> dict[str, Any]:
