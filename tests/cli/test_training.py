@@ -70,6 +70,19 @@ def test_muon_and_categories_are_recorded(cli: Runner, world: Path, tmp_path: Pa
     assert "categories_per_batch is for a loss of embeddings" in error(classified)
 
 
+def test_a_student_learns_from_teachers(cli: Runner, world: Path, tmp_path: Path) -> None:
+    options = ["--loss", "distillation(temperature=0.1)", "--teacher", world / "model", "--epochs", "1"]
+    outcome = cli("train", world / "data", "--out", tmp_path / "m", *TRAIN, *options, "--teacher", world / "model")
+    assert outcome.status == 0, outcome.err
+    recorded = config_of(tmp_path / "m")["provenance"]["loss"]
+    assert recorded.startswith("DistillationLoss(teachers=[sha256:")
+    assert recorded.endswith("], temperature=0.1)")
+    refused = error(cli("train", world / "data", "--out", tmp_path / "n", *TRAIN, "--teacher", world / "model"))
+    assert "teachers are for the loss distillation; got 'triplet'" in refused
+    alone = error(cli("train", world / "data", "--out", tmp_path / "n", *TRAIN, "--loss", "distillation"))
+    assert "it needs teachers: name them with --teacher" in alone
+
+
 def test_a_model_is_taken_on_to_images_of_another_size(cli: Runner, world: Path, tmp_path: Path) -> None:
     options = ["--init", world / "model", "--image-size", "16", "--lr", "1e-4", "--epochs", "1", "--workers", "0"]
     outcome = cli("train", world / "data", "--out", tmp_path / "m", *options)

@@ -25,6 +25,7 @@ from vitembed.training import (
     Augment,
     CrossBatchMemory,
     CrossEntropyLoss,
+    DistillationLoss,
     FineTune,
     HardNegatives,
     ImageDataset,
@@ -112,6 +113,7 @@ FEATURES: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any]]]
     "distance-weighted": (lambda: TripletLoss(mining="distance-weighted"), lambda: None, {}),
     "classification": (CrossEntropyLoss, lambda: None, {}),
     "muon": (TripletLoss, lambda: None, {"optimizer": "muon", "precision": "bf16", "categories_per_batch": 1}),
+    "distillation": (lambda: DistillationLoss([embedder(dim=8)]), lambda: None, {"gradient_cache": 5}),
     "fine-tuning": (TripletLoss, lambda: None, {"fine_tune": FineTune(0.7, 1), "patience": 3}),
 }
 

@@ -73,8 +73,8 @@ def train(
     loss: Annotated[
         str,
         typer.Option(
-            help="triplet, contrastive, cross-entropy (to name the classes), or one of pytorch-metric-learning's: "
-            "'MultiSimilarityLoss(beta=40)'.",
+            help="triplet, contrastive, cross-entropy (to name the classes), distillation (of --teacher), or one of "
+            "pytorch-metric-learning's: 'MultiSimilarityLoss(beta=40)'.",
             rich_help_panel=LOSS,
         ),
     ] = "triplet",
@@ -103,6 +103,14 @@ def train(
             min=1,
             metavar="EPOCHS",
             help="Every so many epochs, search all images for the nearest of other classes, and train on these.",
+            rich_help_panel=LOSS,
+        ),
+    ] = None,
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Of distillation: a model to learn from which images are alike; may be repeated.",
             rich_help_panel=LOSS,
         ),
     ] = None,
@@ -237,6 +245,8 @@ def train(
 
     Example: vitembed train birds/ --out runs/birds --init torchvision:vit_b_16 --loss cross-entropy --lr 3e-5
 
+    Example: vitembed train photos/ --out runs/student --loss distillation --teacher runs/a --teacher runs/b
+
     Example: vitembed train photos/ --out runs/photos --resume
     """
     from vitembed.training import Augment, FineTune, HardNegatives, Safeguards, TrainConfig, load_source
@@ -277,7 +287,15 @@ def train(
     given = {"margin": margin, "mining": mining, "soft": soft or None, "label_smoothing": label_smoothing}
     arguments = {name: value for name, value in given.items() if value is not None}
     model, loss_function, miner_function = _loss_for(
-        model, dataset, loss, arguments, miner=miner, memory=memory, memory_warmup=memory_warmup, init=init
+        model,
+        dataset,
+        loss,
+        arguments,
+        teachers=teacher or [],
+        miner=miner,
+        memory=memory,
+        memory_warmup=memory_warmup,
+        init=init,
     )
     task: dict[str, Any] = {"loss": loss_function, "miner": miner_function, "config": settings}
     if dry_run or find_rate:
@@ -306,6 +324,7 @@ def _loss_for(
     loss: str,
     arguments: dict[str, Any],
     *,
+    teachers: list[str],
     miner: str | None,
     memory: int | None,
     memory_warmup: int,
@@ -314,8 +333,13 @@ def _loss_for(
     """Return the model as the loss wants it, the loss, and the miner, which a memory takes over."""
     from vitembed.training import CrossBatchMemory, build_loss, build_miner
     from vitembed.training.learner import needs_logits
+    from vitembed.training.losses.distillation import build_distillation
 
-    function: Any = build_loss(loss, num_classes=len(dataset.classes), embedding_size=model.dim, **arguments)
+    if teachers:
+        loaded = [open_model(name, str(model.device)) for name in teachers]
+        function: Any = build_distillation(loss, loaded, **arguments)
+    else:
+        function = build_loss(loss, num_classes=len(dataset.classes), embedding_size=model.dim, **arguments)
     chooser: Any = build_miner(miner) if miner else None
     if memory is not None:
         function, chooser = CrossBatchMemory(function, size=memory, miner=chooser, warmup=memory_warmup), None

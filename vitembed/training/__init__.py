@@ -9,6 +9,7 @@ from vitembed.training.data.sources import load_source
 from vitembed.training.hard_negatives import HardNegatives
 from vitembed.training.health.collapse import CollapseDoctor
 from vitembed.training.loop import TrainResult, train
+from vitembed.training.losses.distillation import DistillationLoss
 from vitembed.training.losses.memory import CrossBatchMemory
 from vitembed.training.losses.metric import ContrastiveLoss, TripletLoss, build_loss, build_miner
 from vitembed.training.rate_finder import find_learning_rate
@@ -20,6 +21,7 @@ __all__ = [
     "ContrastiveLoss",
     "CrossBatchMemory",
     "CrossEntropyLoss",
+    "DistillationLoss",
     "FineTune",
     "HardNegatives",
     "ImageDataset",

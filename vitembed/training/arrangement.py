@@ -17,6 +17,7 @@ from vitembed.training.data.datasets import ImageDataset
 from vitembed.training.data.sampling import ClassBalancedSampler, Ints
 from vitembed.training.hard_negatives import require_search
 from vitembed.training.learner import Loss, Miner, needs_logits
+from vitembed.training.losses.distillation import DistillationLoss
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,12 @@ def arrange(
         DataError: if the data set has too few classes or images.
     """
     config = _settle(config, loss, miner)
+    again = model.provenance.get("held-out classes", ())
+    if isinstance(loss, DistillationLoss):
+        loss.check_student(model)
+        again = again or loss.held_out_classes
     train_set, held_out = dataset.split(
-        config.validation or "classes",
-        share=config.validation_share,
-        seed=config.seed,
-        again=model.provenance.get("held-out classes", ()),
+        config.validation or "classes", share=config.validation_share, seed=config.seed, again=again
     )
     if config.hard_negatives is not None:
         require_search()
@@ -69,6 +71,8 @@ def _settle(config: TrainConfig, loss: Loss, miner: Miner | None) -> TrainConfig
     if not needs_logits(loss):
         if config.head is not None:
             raise ConfigError(f"head {config.head!r} is for a classification loss such as cross-entropy; got {loss}")
+        if isinstance(loss, DistillationLoss) and miner is not None:
+            raise ConfigError("distillation compares all images of a batch: leave the miner out")
         return dataclasses.replace(config, validation=config.validation or "classes")
     if config.categories_per_batch is not None:
         raise ConfigError(f"categories_per_batch is for a loss of embeddings, but {loss} is of logits; leave it out")

@@ -21,6 +21,7 @@ from vitembed.training.allocation import kept_memory
 from vitembed.training.config import TrainConfig
 from vitembed.training.data.datasets import ImageDataset
 from vitembed.training.learner import Loss, Miner, cheaper_training, needs_logits
+from vitembed.training.losses.distillation import DistillationLoss
 from vitembed.training.optimizers import build_optimizer
 from vitembed.training.parameter_groups import parameter_groups
 
@@ -110,7 +111,7 @@ class _Step:
         self, network: EmbeddingNet, loss: Loss, config: TrainConfig, precision: str, device: torch.device
     ) -> None:
         self._network = network
-        self._classifies = needs_logits(loss)
+        self._loss, self._classifies = loss, needs_logits(loss)
         self._augment = config.augment
         self._precision, self._device = precision, device
 
@@ -135,6 +136,8 @@ class _Step:
         pixels = self._augment(self._noise(count))
         dtype = _DTYPES.get(self._precision)
         with torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None):
+            if isinstance(self._loss, DistillationLoss):
+                self._loss.teach(pixels)
             if not self._classifies:
                 embeddings: Tensor = self._network(pixels)
                 return embeddings
@@ -158,6 +161,9 @@ def _loss_costs(network: EmbeddingNet, loss: Loss, miner: Miner | None, labels: 
         """Return the loss of the rows, as a training asks for it."""
         if needs_logits(loss):
             return loss(rows, labels)
+        if isinstance(loss, DistillationLoss):
+            value: Tensor = loss(rows, labels, taught=rows.detach())
+            return value
         tuples = miner(rows, labels) if miner else None
         if getattr(loss, "takes_positions", False):
             return loss(rows, labels, tuples, torch.arange(count, device=labels.device))

@@ -5,7 +5,7 @@ share is embedded piece by piece; the loss is of the embeddings of the whole bat
 what is learned. Batch norm is the exception: with a cache it is of a piece.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from vitembed.training.config import TrainConfig
 from vitembed.training.data.pixels import LabelledPixels
 from vitembed.training.distributed import drawing_alike, gather_labels, gather_rows, rank, share_sizes
 from vitembed.training.health.signals import Signals, mean_distances, measure
+from vitembed.training.losses.distillation import DistillationLoss
 from vitembed.training.parameter_groups import parameter_groups
 from vitembed.training.stepper import Stepper
 
@@ -128,11 +129,15 @@ class Learner:
             start : start + sizes[rank()]
         ]
 
-        def outputs(share: Tensor) -> Outputs:
-            """Return embeddings (b, D) and logits (b, K) or None of images of the share, by their places in a row."""
+        def changed(share: Tensor) -> Tensor:
+            """Return pixels (b, C, H, W) of images of the share, by their places in a row, after augmentation."""
             part = slice(int(share[0]), int(share[-1]) + 1)
             pixels = batch.pixels[part].to(self._device, non_blocking=True)
-            pixels = changes[part].apply(pixels)  # outside of autocast, which would move pixels in bfloat16
+            return changes[part].apply(pixels)
+
+        def outputs(share: Tensor) -> Outputs:
+            """Return embeddings (b, D) and logits (b, K) or None of images of the share."""
+            pixels = changed(share)  # outside of autocast, which would move pixels in bfloat16
             with self._stepper.autocast():
                 return self._forward(pixels)
 
@@ -142,9 +147,10 @@ class Learner:
             with drawing_alike(self._seed + self._taken):
                 if logits is not None:
                     return self._loss(gather_rows(logits, sizes), labels)
-                return self._metric_loss(gather_rows(_known(embeddings), sizes), labels, on_host, positions)
+                return self._metric_loss(gather_rows(_known(embeddings), sizes), labels, on_host, positions, taught)
 
         share = torch.arange(sizes[rank()])
+        taught = self._taught(changed, share, sizes)
         if self._chunk is None:
             embedded = outputs(share)
             loss = loss_of(embedded)
@@ -183,7 +189,22 @@ class Learner:
             backbone=None if self._frozen else self._network.backbone,
         )
 
-    def _metric_loss(self, embeddings: Tensor, labels: Tensor, on_host: Tensor, positions: Tensor) -> Tensor:
+    def _taught(self, changed: Callable[[Tensor], Tensor], share: Tensor, sizes: Sequence[int]) -> Tensor | None:
+        """Return what teachers say of the whole batch's images, a row each; None with a loss that has no teachers."""
+        if not isinstance(self._loss, DistillationLoss):
+            return None
+        rows = []
+        for part in torch.split(share, self._chunk or len(share)):
+            pixels = changed(part)
+            with self._stepper.autocast():
+                rows.append(self._loss.teach(pixels))
+        return gather_rows(torch.cat(rows), sizes)
+
+    def _metric_loss(
+        self, embeddings: Tensor, labels: Tensor, on_host: Tensor, positions: Tensor, taught: Tensor | None
+    ) -> Tensor:
+        if taught is not None:
+            return self._loss(embeddings, labels, taught=taught)
         tuples = self._miner(embeddings, labels) if self._miner else None
         if getattr(self._loss, "reads_labels_on_host", False):  # it would wait for the device to have them there
             labels = on_host

@@ -10,6 +10,7 @@ import vitembed
 from vitembed.embedder import Embedder
 from vitembed.training.arrangement import Arrangement
 from vitembed.training.learner import Loss, Miner
+from vitembed.training.losses.distillation import DistillationLoss
 from vitembed.training.losses.specs import describe
 
 BASE = "base"  # under which a trained model says whose checkpoint it started from
@@ -48,6 +49,8 @@ def trained_from(model: Embedder, arranged: Arrangement, loss: Loss, miner: Mine
     """
     before, train_set, held_out = model.provenance, arranged.train_set, arranged.held_out
     seen = set(before.get("trained classes", ())) | set(train_set.identities)
+    if isinstance(loss, DistillationLoss):  # what teachers have seen is no longer unseen to their student
+        seen |= set(loss.trained_classes)
     unseen = set(held_out.identities) - seen if held_out else set()
     return {
         **origin(model),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vitembed.errors import ConfigError, VectorError, unknown_name
 from vitembed.training.classification import CrossEntropyLoss
+from vitembed.training.losses.distillation import DISTILLATION
 from vitembed.training.losses.mining import OWN_MINERS
 from vitembed.training.losses.pairs import exact_pairs
 from vitembed.training.losses.peers import check_argument, find_class
@@ -250,7 +251,7 @@ def build_loss(
     if not isinstance(spec, str):
         return _passed_through(spec, "loss", settings)
     name, arguments = parse_call(spec, "loss")
-    cls = OWN_LOSSES.get(name) or find_class(name, "loss", OWN_LOSSES)
+    cls = OWN_LOSSES.get(name) or find_class(name, "loss", [*OWN_LOSSES, DISTILLATION])
     sizes = {"num_classes": num_classes, "embedding_size": embedding_size, "descriptors_dim": embedding_size}
     offered = {key: value for key, value in sizes.items() if value is not None}
     for key, value in offered.items():
