@@ -35,7 +35,7 @@ from vitembed.embedder import Embedder
 from vitembed.errors import VitembedError
 from vitembed.files import atomic_write
 from vitembed.preprocess import Preprocess
-from vitembed.training import Augment, TrainConfig, build_loss, train
+from vitembed.training import Augment, DistillationLoss, ImageDataset, TrainConfig, build_loss, train
 
 PREPROCESS = Preprocess.grey((40, 40), scan=True)  # the ink cut out and centred: place and size are the drawer's
 NETWORK = ViTConfig(
@@ -61,6 +61,9 @@ TRAINING = TrainConfig(
     validation="none",
     workers=0,
 )
+TEACHERS = (1.0, 0.3, 0.3)  # shares of the epochs for which each is trained: short ones err elsewhere, and cost little
+STUDENT = replace(TRAINING, learning_rate=2e-3)
+STUDYING = 0.3  # share of the epochs
 MINIMAL = ("Balinese", "Early_Aramaic", "Greek", "Korean", "Latin")  # images_background_small1 of the data's authors
 RUNS, ONE_SHOT = "published runs, one-shot error", "within-alphabet 20-way one-shot error"
 PUBLISHED = {  # all of the ten evaluation alphabets
@@ -81,7 +84,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="the published runs, all_runs.zip unpacked")
     parser.add_argument("--held-out", nargs="*", metavar="ALPHABET", help="the last five; none for the model to ship")
     parser.add_argument("--minimal", action="store_true", help=f"train on {', '.join(MINIMAL)} alone")
-    parser.add_argument("--epochs", type=int, default=TRAINING.epochs)
+    parser.add_argument("--epochs", type=int, default=TRAINING.epochs, help="of the first teacher; others have a share")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
     try:
@@ -104,10 +107,12 @@ def run(args: argparse.Namespace) -> None:
     untrained = Embedder.create(NETWORK, preprocess=PREPROCESS)
     tell("untrained", judged(untrained, unseen, args.runs))  # what cannot be judged is told now, not after an hour
     for seed in args.seeds:
-        model = Embedder.create(NETWORK, preprocess=PREPROCESS, seed=seed)
-        config = replace(TRAINING, epochs=args.epochs, seed=seed)
+        teachers = [taught(pool, seed, number, args) for number in range(len(TEACHERS))]
+        tell(f"seed {seed}, the first teacher alone", judged(teachers[0], unseen, args.runs))
         folder = args.out / f"seed{seed}"
-        train(model, pool, loss=build_loss(LOSS), config=config, out=folder, resume=True, progress=True)
+        model = Embedder.from_pretrained(teacher_folder(folder, 0))
+        config = replace(STUDENT, epochs=part(args.epochs, STUDYING), seed=seed)
+        train(model, pool, loss=DistillationLoss(teachers), config=config, out=folder, resume=True, progress=True)
         figures[str(seed)] = judged(model, unseen, args.runs)
         tell(f"seed {seed}", figures[str(seed)])
         atomic_write(report, json.dumps(figures, indent=1) + "\n")
@@ -118,6 +123,26 @@ def run(args: argparse.Namespace) -> None:
         print(
             f"{name}: {np.mean(values):.2%}{spread}" + (f"; published: {published[name]}" if name in published else "")
         )
+
+
+def taught(pool: ImageDataset, seed: int, number: int, args: argparse.Namespace) -> Embedder:
+    """Train the teacher of a number on labels, from random weights of its own."""
+    own = seed + 1000 * number
+    model = Embedder.create(NETWORK, preprocess=PREPROCESS, seed=own)
+    config = replace(TRAINING, epochs=part(args.epochs, TEACHERS[number]), seed=own)
+    folder = teacher_folder(args.out / f"seed{seed}", number)
+    train(model, pool, loss=build_loss(LOSS), config=config, out=folder, resume=True, progress=True)
+    return model
+
+
+def teacher_folder(folder: Path, number: int) -> Path:
+    """Return where the teacher of a number is, beside its student."""
+    return folder.with_name(f"{folder.name}-teacher{number}")
+
+
+def part(epochs: int, share: float) -> int:
+    """Return a share of the epochs, one at least."""
+    return max(1, round(share * epochs))
 
 
 def judged(model: Embedder, unseen: Drawings | None, runs: Path | None) -> dict[str, float]:

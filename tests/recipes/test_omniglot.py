@@ -48,7 +48,15 @@ def recipe(protocols: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType
     assert module.PREPROCESS.scan  # which takes a second for a thousand images, and is tested elsewhere
     assert module.NETWORK.image_size == module.PREPROCESS.size
     reading = Preprocess.grey((16, 16))
-    for name, value in {"NETWORK": network, "PREPROCESS": reading, "TRAINING": training}.items():
+    student = replace(training, learning_rate=module.STUDENT.learning_rate)
+    made_up = {
+        "NETWORK": network,
+        "PREPROCESS": reading,
+        "TRAINING": training,
+        "STUDENT": student,
+        "TEACHERS": (1, 0.3),
+    }
+    for name, value in made_up.items():
         assert hasattr(module, name)
         monkeypatch.setattr(module, name, value)
     return module
@@ -118,7 +126,10 @@ def test_it_trains_judges_and_writes_what_it_prints(
     held_out = drawings.of([f"Alphabet_{letter}" for letter in "DEFGH"])
     vectors = model.encode(held_out.images.images, workers=0)
     assert protocols.one_shot_error(vectors, held_out) == figures["1"]["within-alphabet 5-way one-shot error"]
-    assert model.provenance is not None
+    teachers = [recipe.Embedder.from_pretrained(tmp_path / "out" / f"seed1-teacher{number}") for number in range(2)]
+    assert [teacher.provenance["settings"]["seed"] for teacher in teachers] == [1, 1001]
+    assert all(teacher.fingerprint in model.provenance["loss"] for teacher in teachers)
+    assert model.provenance["initialised from"] == teachers[0].fingerprint
 
 
 def test_a_second_run_of_the_same_command_trains_nothing_anew(
@@ -126,7 +137,8 @@ def test_a_second_run_of_the_same_command_trains_nothing_anew(
 ) -> None:
     arguments = ["--data", alphabets, "--out", tmp_path, "--held-out", "Alphabet_G", "Alphabet_F"]
     run(recipe, monkeypatch, *arguments)
-    files = [tmp_path / "seed0" / "history.json", tmp_path / "figures.json"]  # the first has the seconds of each epoch
+    folders = [tmp_path / name for name in ("seed0-teacher0", "seed0-teacher1", "seed0")]
+    files = [*(folder / "history.json" for folder in folders), tmp_path / "figures.json"]  # with seconds of each epoch
     before = [file.read_text() for file in files]
     run(recipe, monkeypatch, *arguments)
     assert [file.read_text() for file in files] == before
@@ -146,7 +158,8 @@ def test_without_held_out_alphabets_all_are_trained_on_and_only_the_runs_judge(
     assert list(json.loads((tmp_path / "out" / "figures.json").read_text())["0"]) == ["published runs, one-shot error"]
     monkeypatch.setattr(recipe, "MINIMAL", ("Alphabet_B", "Alphabet_C"))
     run(recipe, monkeypatch, "--data", alphabets, "--out", tmp_path / "two", "--minimal")
-    assert {name.split("/")[0] for name in seen[1]} == {"Alphabet_B", "Alphabet_C"}
+    assert len(seen) == 6  # two teachers and their student, twice
+    assert {name.split("/")[0] for name in seen[3]} == {"Alphabet_B", "Alphabet_C"}
 
 
 class Pixels:
