@@ -1,6 +1,7 @@
 """The Omniglot recipe on small made-up alphabets; its protocols against plain loops and cases worked by hand."""
 
 import importlib
+import itertools
 import json
 import shutil
 import sys
@@ -30,7 +31,6 @@ def protocols(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "WAYS": 5,
         "TRIALS": 6,
         "PAIRS": 12,
-        "VIEWS": 2,
         "TASKS": ((3, 1), (2, 2)),
         "QUERIES": 1,
     }.items():
@@ -192,13 +192,38 @@ def test_a_tie_is_an_error(protocols: ModuleType) -> None:
     assert protocols.error_of_run(scores, np.array([0, 2, 1])) == pytest.approx(1 / 3)
 
 
+def test_the_error_over_all_runs_is_the_mean_of_all_of_them(protocols: ModuleType, alphabets: Path) -> None:
+    protocols.WAYS = 3
+    drawings = protocols.Drawings.load(alphabets).of(["Alphabet_A", "Alphabet_B", "Alphabet_H"])  # H has two characters
+    vectors = Pixels().encode(drawings.images.images) + np.random.default_rng(0).normal(0, 0.1, (48, 256))
+    by_alphabet = []
+    for letter in "AB":
+        wrong = []
+        for drawn in itertools.combinations(range(1, 6), 3):
+            for one, other in itertools.permutations(range(1, DRAWERS + 1), 2):
+                rows = [
+                    [
+                        drawings.images.images.index(
+                            alphabets / f"Alphabet_{letter}" / f"character{item:02d}" / f"{item:04d}_{drawer:02d}.png"
+                        )
+                        for item in drawn
+                    ]
+                    for drawer in (one, other)
+                ]
+                scores = vectors[rows[1]] @ vectors[rows[0]].T
+                wrong.append(np.mean(scores.argmax(axis=1) != np.arange(3)))
+        by_alphabet.append(np.mean(wrong))
+    assert 0.05 < np.mean(by_alphabet) < 0.95
+    assert protocols.expected_one_shot_error(vectors, drawings) == pytest.approx(np.mean(by_alphabet))
+
+
 def test_perfect_and_blind_embeddings_have_the_figures_that_they_must(protocols: ModuleType, alphabets: Path) -> None:
     drawings = protocols.Drawings.load(alphabets).of(["Alphabet_A", "Alphabet_B", "Alphabet_C"])
     perfect = np.eye(15, dtype=np.float32)[drawings.images.labels]
-    assert protocols.one_shot_error(perfect, drawings) == 0
+    assert protocols.one_shot_error(perfect, drawings) == protocols.expected_one_shot_error(perfect, drawings) == 0
     assert protocols.verification_accuracy(perfect, drawings) == 1
     blind = np.ones_like(perfect) / np.sqrt(15)
-    assert protocols.one_shot_error(blind, drawings) == 1  # all tie
+    assert protocols.one_shot_error(blind, drawings) == protocols.expected_one_shot_error(blind, drawings) == 1  # ties
     assert protocols.verification_accuracy(blind, drawings) == 0.5
 
 
