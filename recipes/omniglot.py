@@ -63,7 +63,7 @@ TRAINING = TrainConfig(
 )
 TEACHERS = (1.0, 0.3, 0.3)  # shares of the epochs for which each is trained: short ones err elsewhere, and cost little
 STUDENT = replace(TRAINING, learning_rate=2e-3)
-STUDYING = 0.3  # share of the epochs
+STUDYING = 0.2  # share of the epochs
 MINIMAL = ("Balinese", "Early_Aramaic", "Greek", "Korean", "Latin")  # images_background_small1 of the data's authors
 RUNS, ONE_SHOT = "published runs, one-shot error", "within-alphabet 20-way one-shot error"
 PUBLISHED = {  # all of the ten evaluation alphabets
