@@ -78,7 +78,7 @@ def test_a_student_learns_from_teachers(cli: Runner, world: Path, tmp_path: Path
     assert recorded.startswith("DistillationLoss(teachers=[sha256:")
     assert recorded.endswith("], temperature=0.1)")
     refused = error(cli("train", world / "data", "--out", tmp_path / "n", *TRAIN, "--teacher", world / "model"))
-    assert "teachers are for the loss distillation; got 'triplet'" in refused
+    assert "teachers are for the loss distillation, not 'triplet'" in refused
     alone = error(cli("train", world / "data", "--out", tmp_path / "n", *TRAIN, "--loss", "distillation"))
     assert "it needs teachers: name them with --teacher" in alone
 

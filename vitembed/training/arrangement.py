@@ -52,10 +52,12 @@ def arrange(
     again = model.provenance.get("held-out classes", ())
     if isinstance(loss, DistillationLoss):
         loss.check_student(model)
-        again = again or loss.held_out_classes
+        again = set(again or loss.held_out_classes) - set(loss.trained_classes)
     train_set, held_out = dataset.split(
         config.validation or "classes", share=config.validation_share, seed=config.seed, again=again
     )
+    if isinstance(loss, DistillationLoss) and held_out is not None:
+        _check_unseen(held_out, loss)
     if config.hard_negatives is not None:
         require_search()
     classes = train_set.classes if needs_logits(loss) else ()
@@ -64,6 +66,15 @@ def arrange(
         if dataset.forgery_of is not None:
             raise DataError("forgeries are of no class that could be named; use a loss of embeddings such as triplet")
     return Arrangement(config, train_set, held_out, classes, _sampler(train_set, config, classes))
+
+
+def _check_unseen(held_out: ImageDataset, loss: DistillationLoss) -> None:
+    """Refuse to validate a student on what its teachers were trained on: the best epoch would be chosen by it."""
+    if seen := sorted(set(held_out.identities) & set(loss.trained_classes)):
+        raise ConfigError(
+            f"{seen[0]!r} would be held out for validation, but a teacher was trained on it: hold out 'none', or let "
+            "all teachers hold out the same classes (a split of the data's own, or one seed)"
+        )
 
 
 def _settle(config: TrainConfig, loss: Loss, miner: Miner | None) -> TrainConfig:

@@ -35,7 +35,7 @@ class StepCosts:
     """What the parts of a step take.
 
     Attributes:
-        train: seconds an image, for its changes and the network forward and backward.
+        train: seconds an image, for its changes, the network forward and backward, and teachers where there are some.
         embed: seconds an image, for the network at inference.
         fixed: seconds a step, for loss, miner and optimizer.
         saved: bytes an image that the network keeps for its backward pass.

@@ -26,6 +26,7 @@ from vitembed.training.data.augment import Augment
 from vitembed.training.data.datasets import ImageDataset
 from vitembed.training.data.pixels import MAX_CACHE_BYTES
 from vitembed.training.learner import Learner, Loss, Miner
+from vitembed.training.losses.distillation import DistillationLoss
 from vitembed.training.losses.metric import TripletLoss
 from vitembed.training.parameter_groups import hidden_matrices
 from vitembed.training.random_states import RandomStates
@@ -258,6 +259,7 @@ def _memory(
     once = hidden_matrices(network) if config.optimizer == "muon" else set()
     return MemoryEstimate(
         weights=sum(map(_bytes, [*parameters, *network.buffers(), *_parts(loss, nn.Module.buffers)]))
+        + (loss.teachers_bytes if isinstance(loss, DistillationLoss) else 0)
         + (state if config.ema is not None else 0),
         gradients=trained,
         moments=2 * trained - sum(_bytes(one) for one in parameters if one.requires_grad and id(one) in once),

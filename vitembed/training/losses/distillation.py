@@ -1,12 +1,11 @@
 """Distillation: a network learns from others, its teachers, which images are alike.
 
 Labels say of two classes that they differ, and never by how much; where two characters are drawn alike by half of the
-writers, a loss of labels pulls them apart all the same. Teachers know better, and several of them, trained from
-different seeds, err in different places: their mean is a better teacher than any of them.
+writers, a loss of labels pulls them apart all the same. What teachers have learned is softer. Several of them, trained
+from different seeds, err in different places, so that the mean of their cosines can know more than any of them.
 """
 
 import copy
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -27,10 +26,10 @@ DISTILLATION = "distillation"  # by which a line of text names the loss
 class DistillationLoss(nn.Module):
     """How far the neighbours that a network finds in a batch are from those that its teachers find.
 
-    For each image the cosines to the others of the batch, divided by a temperature, make a distribution by softmax. The
-    loss is the Kullback-Leibler divergence of the network's distribution from the teachers', in the mean over the
-    images. Teachers' cosines are averaged. Cosines are compared and not vectors, so that all may have embeddings of
-    their own width. (Passalis and Tefas 2018, arXiv:1803.10837, have this divergence with another kernel; Fang et
+    For each image the cosines to the others of the batch, divided by a temperature, make a distribution by softmax: p
+    of the teachers, whose cosines are averaged, and q of the network. The loss is the Kullback-Leibler divergence
+    sum p log(p / q), in the mean over the images. Cosines are compared and not vectors, so that all may have embeddings
+    of their own width. (Passalis and Tefas 2018, arXiv:1803.10837, have this divergence with another kernel; Fang et
     al. 2021, arXiv:2101.04731, softmax with a temperature, over a queue of embeddings.)
 
     The labels are not looked at. `train` makes batches by them all the same, and what the teachers make of an image is
@@ -38,25 +37,30 @@ class DistillationLoss(nn.Module):
 
     Args:
         teachers: who teaches, one at least; copied, so that a model can be trained that is its own teacher.
-        temperature: above 0; the lower, the more the nearest neighbours alone count.
+        temperature: at least 0.001; the lower, the more the nearest neighbours alone count. That of contrastive losses
+            (0.07 in He et al. 2020, arXiv:1911.05722) was used where this was tried.
 
     Attributes:
         fingerprints: of the teachers.
-        trained_classes: the names of the classes that the teachers know from their trainings.
-        held_out_classes: the names of those that they never saw, but all held out.
+        trained_classes: the names of the classes that some teacher was trained on, as far as that is recorded: a
+            checkpoint of others does not tell.
+        held_out_classes: the names of those that some teacher held out, and none was trained on.
 
     Raises:
-        ConfigError: there is no teacher, or the temperature is not a finite number above 0.
+        ConfigError: there is no teacher, a teacher is no sound embedder, or the temperature is out of range.
     """
 
     needs_pairs = False  # nor labels at all
 
     def __init__(self, teachers: Sequence["Embedder"], *, temperature: float = 0.07) -> None:
         super().__init__()
-        if not teachers:
-            raise ConfigError("distillation needs one teacher at least")
-        if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
-            raise ConfigError(f"temperature must be a finite number above 0; got {temperature!r}")
+        _check_teachers(teachers)
+        if (
+            isinstance(temperature, bool)
+            or not isinstance(temperature, int | float)
+            or not 1e-3 <= temperature < math.inf
+        ):
+            raise ConfigError(f"temperature must be a finite number of at least 0.001; got {temperature!r}")
         self.temperature = float(temperature)
         self.fingerprints = [teacher.fingerprint for teacher in teachers]
         self.trained_classes = sorted({name for one in teachers for name in one.provenance.get("trained classes", ())})
@@ -66,24 +70,39 @@ class DistillationLoss(nn.Module):
         self._networks = tuple(copy.deepcopy(one.network).eval().requires_grad_(False) for one in teachers)
         self._pre_processing = [one.preprocess for one in teachers]
 
+    @property
+    def teachers_bytes(self) -> int:
+        """What the weights of the teachers take in memory."""
+        tensors = [tensor for network in self._networks for tensor in (*network.parameters(), *network.buffers())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def check_student(self, model: "Embedder") -> None:
-        """Check that the teachers can look at a model's pixels; they may be of another size.
+        """Check that the teachers can look at a model's pixels; they may be of another size in the same proportions.
 
         Raises:
-            ConfigError: if a teacher has been trained on images that were prepared otherwise.
+            ConfigError: if a teacher has been trained on images of another kind.
         """
-        own = dataclasses.asdict(model.preprocess)
-        for fingerprint, preprocess in zip(self.fingerprints, self._pre_processing, strict=True):
-            for name, theirs in dataclasses.asdict(preprocess).items():
-                if name not in ("size", "mean", "std") and theirs != own[name]:
+        own, count = model.preprocess, len(self.fingerprints)
+        for number, preprocess in enumerate(self._pre_processing, start=1):
+            for name in ("mode", "scan", "binarize", "invert"):
+                theirs, given = getattr(preprocess, name), getattr(own, name)
+                if theirs != given:
                     raise ConfigError(
-                        f"teacher {fingerprint[:15]} knows images with {name} {theirs!r} in the pre-processing, and "
-                        f"the model is given {own[name]!r}: create the model with its teachers' pre-processing"
+                        f"teacher {number} of {count} knows images with {name} {theirs!r} in the pre-processing, and "
+                        f"the model is given {given!r}: create the model with its teachers' pre-processing"
                     )
+            (height, width), (rows, columns) = preprocess.size, own.size
+            if height * columns != width * rows and own.resize != "squash":
+                raise ConfigError(
+                    f"teacher {number} of {count} knows images of {height} x {width} pixels, and those of the model, "
+                    f"{rows} x {columns}, are of other proportions: give the model a size of the same"
+                )
 
     @torch.no_grad()
     def teach(self, pixels: Tensor) -> Tensor:
         """Return (B, sum of the teachers' widths) rows of length 1, whose inner products are the mean cosines.
+
+        Teachers compute in evaluation mode, without gradients, and in the precision of an autocast around the call.
 
         Args:
             pixels: (B, C, H, W) in [0, 255], as the pre-processing gives them; resampled for teachers of another size.
@@ -100,7 +119,7 @@ class DistillationLoss(nn.Module):
     def forward(
         self, embeddings: Tensor, labels: Tensor, tuples: object = None, *, taught: Tensor | None = None
     ) -> Tensor:
-        """Return the loss, a scalar, in float32 at least.
+        """Return the loss, a scalar, in float32 at least; 0 of a single image, which has no neighbours.
 
         Args:
             embeddings: (B, D), of any length; two images at least.
@@ -109,18 +128,17 @@ class DistillationLoss(nn.Module):
             taught: (B, any width), what `teach` gave for the images.
 
         Raises:
-            VectorError: there are fewer than two images, or not as many rows of the teachers' as embeddings.
+            VectorError: there are not as many rows of the teachers' as embeddings.
             ConfigError: a miner has chosen tuples, or the teachers were not asked.
         """
         if tuples is not None:
             raise ConfigError("distillation compares all images of a batch: leave the miner out")
         if taught is None:
             raise ConfigError("distillation needs what the teachers say of the images; `train` asks them")
-        if len(embeddings) < 2 or len(taught) != len(embeddings):
-            raise VectorError(
-                f"distillation needs two images at least and a row of the teachers' for each; got {len(embeddings)} "
-                f"and {len(taught)}"
-            )
+        if len(taught) != len(embeddings):
+            raise VectorError(f"{len(embeddings)} images need as many rows of their teachers; got {len(taught)}")
+        if len(embeddings) < 2:
+            return embeddings.sum() * 0.0
         with torch.autocast(embeddings.device.type, enabled=False):
             own, theirs = (self._log_shares(rows) for rows in (embeddings, taught.to(embeddings.device)))
             return functional.kl_div(own, theirs.to(own), reduction="batchmean", log_target=True)
@@ -149,8 +167,27 @@ def build_distillation(spec: str, teachers: Sequence["Embedder"], **settings: ob
     """
     name, arguments = parse_call(spec, "loss")
     if name != DISTILLATION:
-        raise ConfigError(f"teachers are for the loss {DISTILLATION}; got {spec!r}: leave the teachers or the loss out")
+        raise ConfigError(
+            f"teachers are for the loss {DISTILLATION}, not {spec!r}: choose it, or leave the teachers out"
+        )
+    if "teachers" in arguments:
+        raise ConfigError(f"teachers are models, which a line of text cannot hold; got {spec!r}")
     return construct(DistillationLoss, {**arguments, **settings}, {"teachers": teachers})
+
+
+def _check_teachers(teachers: Sequence["Embedder"]) -> None:
+    """Refuse what cannot teach."""
+    from vitembed.embedder import Embedder
+
+    if not isinstance(teachers, list | tuple):
+        raise ConfigError(f"teachers must be a list of embedders; got {type(teachers).__name__}")
+    if not teachers:
+        raise ConfigError("distillation needs one teacher at least")
+    for number, teacher in enumerate(teachers, start=1):
+        if not isinstance(teacher, Embedder):
+            raise ConfigError(f"teachers must be embedders; number {number} is a {type(teacher).__name__}")
+        if not all(bool(one.isfinite().all()) for one in teacher.network.parameters()):
+            raise ConfigError(f"teacher {number} has weights that are NaN or infinite, and nothing to teach")
 
 
 def _without_diagonal(square: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ def find_class(name: str, kind: str, own: Iterable[str]) -> type:
         ConfigError: there is none of this name, or it does not learn from labelled batches.
         MissingExtraError: pytorch-metric-learning is not installed.
     """
-    if name in REFUSED:
+    if name in REFUSED and (kind == "loss" or not name.islower()):
         raise ConfigError(f"{name} is no {kind} to choose by name: {REFUSED[name]}")
     if name.islower():  # classes have capitals: this was meant for one of our own, with or without the other package
         raise unknown_name(kind, name, own)
