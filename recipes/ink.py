@@ -143,16 +143,15 @@ def check(model: Embedder, sister: Embedder, data: ImageDataset, held_out: list[
         raise ConfigError(f"the model was not trained on {', '.join(sorted(missing))}; it must have seen all alphabets")
     if model.network.vit.config != sister.network.vit.config or model.preprocess != sister.preprocess:
         raise ConfigError("model and sister are different networks, or read images differently; train both alike")
-    ours, theirs = (
-        {
-            **each.get("settings", {}),
-            "loss": re.sub("sha256:[0-9a-f]+", "...", str(each.get("loss"))),
-        }  # teachers differ
-        for each in (of_model, of_sister)
-    )
+    ours, theirs = ({**each.get("settings", {}), "loss": loss_of(each)} for each in (of_model, of_sister))
     for name in sorted({*ours, *theirs}):
         if ours.get(name) != theirs.get(name):
             print(f"differs: {name} is {ours.get(name)} for the model and {theirs.get(name)} for the sister")
+
+
+def loss_of(provenance: dict[str, Any]) -> str:
+    """Return the loss that is recorded, without the fingerprints of teachers: those of a sister are others."""
+    return re.sub("sha256:[0-9a-f]+", "...", str(provenance.get("loss")))
 
 
 def first_of(data: ImageDataset, alphabets: Any, drawings: int, characters: int = 10**9) -> ImageDataset:

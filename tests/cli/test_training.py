@@ -80,7 +80,7 @@ def test_a_student_learns_from_teachers(cli: Runner, world: Path, tmp_path: Path
     refused = error(cli("train", world / "data", "--out", tmp_path / "n", *TRAIN, "--teacher", world / "model"))
     assert "teachers are for the loss distillation, not 'triplet'" in refused
     alone = error(cli("train", world / "data", "--out", tmp_path / "n", *TRAIN, "--loss", "distillation"))
-    assert "it needs teachers: name them with --teacher" in alone
+    assert "distillation needs teachers: name them with --teacher" in alone
 
 
 def test_a_model_is_taken_on_to_images_of_another_size(cli: Runner, world: Path, tmp_path: Path) -> None:

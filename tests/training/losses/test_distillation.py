@@ -265,5 +265,5 @@ def test_a_line_of_text_names_it_where_there_are_teachers() -> None:
         build_distillation("distillation(warmth=1)", teachers)
     with pytest.raises(ConfigError, match="which a line of text cannot hold"):
         build_distillation("distillation(teachers=3)", teachers)
-    with pytest.raises(ConfigError, match="it needs teachers: name them with --teacher"):
+    with pytest.raises(ConfigError, match="distillation needs teachers: name them with --teacher"):
         build_loss("distillation")

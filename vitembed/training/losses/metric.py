@@ -251,6 +251,8 @@ def build_loss(
     if not isinstance(spec, str):
         return _passed_through(spec, "loss", settings)
     name, arguments = parse_call(spec, "loss")
+    if name == DISTILLATION:
+        raise ConfigError(f"{name} needs teachers: name them with --teacher, or build DistillationLoss in Python")
     cls = OWN_LOSSES.get(name) or find_class(name, "loss", [*OWN_LOSSES, DISTILLATION])
     sizes = {"num_classes": num_classes, "embedding_size": embedding_size, "descriptors_dim": embedding_size}
     offered = {key: value for key, value in sizes.items() if value is not None}

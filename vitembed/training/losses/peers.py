@@ -16,7 +16,6 @@ from vitembed.errors import ConfigError, MissingExtraError, unknown_name
 # Classes that are no loss or miner for labelled batches, or cannot be trained with, and why not.
 REFUSED = {
     "CrossBatchMemory": "it wraps another loss, which a line of text cannot hold; build it in Python instead",
-    "distillation": "it needs teachers: name them with --teacher, or build DistillationLoss(teachers) in Python",
     "MultipleLosses": "it wraps other losses, which a line of text cannot hold; build it in Python instead",
     "SelfSupervisedLoss": "it compares two views of unlabelled images, and a batch has one view and labels",
     "VICRegLoss": "it compares two views of unlabelled images, and a batch has one view and labels",
@@ -147,10 +146,10 @@ def find_class(name: str, kind: str, own: Iterable[str]) -> type:
         ConfigError: there is none of this name, or it does not learn from labelled batches.
         MissingExtraError: pytorch-metric-learning is not installed.
     """
-    if name in REFUSED and (kind == "loss" or not name.islower()):
-        raise ConfigError(f"{name} is no {kind} to choose by name: {REFUSED[name]}")
     if name.islower():  # classes have capitals: this was meant for one of our own, with or without the other package
         raise unknown_name(kind, name, own)
+    if name in REFUSED:
+        raise ConfigError(f"{name} is no {kind} to choose by name: {REFUSED[name]}")
     classes = peer_classes(kind, name)
     if name not in classes:
         raise unknown_name(kind, name, [*own, *classes])
