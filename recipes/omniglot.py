@@ -27,12 +27,14 @@ the student. One-shot error within an alphabet 4.5 %, over all possible runs 4.4
 """
 
 import argparse
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from omniglot_protocols import Drawings, judge, published_runs_error  # beside this recipe
+from generated_characters import generated_characters  # beside this recipe, as the next
+from omniglot_protocols import Drawings, judge, published_runs_error
 
 from vitembed.architecture import ViTConfig
 from vitembed.embedder import Embedder
@@ -54,7 +56,7 @@ NETWORK = ViTConfig(
 )
 LOSS = "MultiSimilarityLoss(alpha=2, beta=50, base=0.5)"
 TRAINING = TrainConfig(
-    epochs=10,
+    epochs=3,
     classes_per_batch=32,
     images_per_class=8,
     categories_per_batch=2,  # alphabets, as they are turned: what must be told apart meets
@@ -65,9 +67,11 @@ TRAINING = TrainConfig(
     validation="none",
     workers=0,
 )
-TEACHERS = (1.0, 0.3, 0.3)  # shares of the epochs for which each is trained: short ones err elsewhere, and cost little
+GENERATED = 60  # alphabets
+BEGINNING = replace(TRAINING, epochs=7)  # on them
+TEACHERS = 3
 STUDENT = replace(TRAINING, learning_rate=2e-3)
-STUDYING = 0.2  # share of the epochs
+STUDYING = 1 / 3  # share of a teacher's epochs
 MINIMAL = ("Balinese", "Early_Aramaic", "Greek", "Korean", "Latin")  # images_background_small1 of the data's authors
 RUNS, ONE_SHOT = "published runs, one-shot error", "within-alphabet 20-way one-shot error"
 PUBLISHED = {  # all of the ten evaluation alphabets
@@ -88,8 +92,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="the published runs, all_runs.zip unpacked")
     parser.add_argument("--held-out", nargs="*", metavar="ALPHABET", help="the last five; none for the model to ship")
     parser.add_argument("--minimal", action="store_true", help=f"train on {', '.join(MINIMAL)} alone")
-    parser.add_argument("--epochs", type=int, default=TRAINING.epochs, help="of the first teacher; others have a share")
+    parser.add_argument("--generated", type=int, default=GENERATED, metavar="ALPHABETS", help="to begin with, or 0")
+    parser.add_argument("--epochs", type=int, default=TRAINING.epochs, help="of each teacher; the student has a share")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--precision", default=TRAINING.precision, help="fp32 where a processor has no units for bf16")
     args = parser.parse_args()
     try:
         run(args)
@@ -111,11 +117,13 @@ def run(args: argparse.Namespace) -> None:
     untrained = Embedder.create(NETWORK, preprocess=PREPROCESS)
     tell("untrained", judged(untrained, unseen, args.runs))  # what cannot be judged is told now, not after an hour
     for seed in args.seeds:
-        teachers = [taught(pool, seed, number, args) for number in range(len(TEACHERS))]
+        start = begun(seed, args)
+        teachers = [taught(start, pool, seed, number, args) for number in range(TEACHERS)]
         tell(f"seed {seed}, the first teacher alone", judged(teachers[0], unseen, args.runs))
         folder = args.out / f"seed{seed}"
         model = Embedder.from_pretrained(teacher_folder(folder, 0))
-        config = replace(STUDENT, epochs=part(args.epochs, STUDYING), seed=seed)
+        epochs = max(1, round(args.epochs * STUDYING))
+        config = replace(STUDENT, epochs=epochs, precision=args.precision, seed=seed)
         train(model, pool, loss=DistillationLoss(teachers), config=config, out=folder, resume=True, progress=True)
         figures[str(seed)] = judged(model, unseen, args.runs)
         tell(f"seed {seed}", figures[str(seed)])
@@ -129,11 +137,20 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def taught(pool: ImageDataset, seed: int, number: int, args: argparse.Namespace) -> Embedder:
-    """Train the teacher of a number on labels, from random weights of its own."""
-    own = seed + 1000 * number
-    model = Embedder.create(NETWORK, preprocess=PREPROCESS, seed=own)
-    config = replace(TRAINING, epochs=part(args.epochs, TEACHERS[number]), seed=own)
+def begun(seed: int, args: argparse.Namespace) -> Embedder:
+    """Return the network as it is before it meets a character that somebody drew: trained on generated ones."""
+    model = Embedder.create(NETWORK, preprocess=PREPROCESS, seed=seed)
+    if args.generated:
+        settings = replace(BEGINNING, precision=args.precision, seed=seed)
+        unreal, out = generated_characters(args.generated, seed=seed), args.out / f"seed{seed}-generated"
+        train(model, unreal, loss=build_loss(LOSS), config=settings, out=out, resume=True, progress=True)
+    return model
+
+
+def taught(start: Embedder, pool: ImageDataset, seed: int, number: int, args: argparse.Namespace) -> Embedder:
+    """Train the teacher of a number on labels, in an order of its own."""
+    model, own = copy.deepcopy(start), seed + 1000 * number
+    config = replace(TRAINING, epochs=args.epochs, precision=args.precision, seed=own)
     folder = teacher_folder(args.out / f"seed{seed}", number)
     train(model, pool, loss=build_loss(LOSS), config=config, out=folder, resume=True, progress=True)
     return model
@@ -142,11 +159,6 @@ def taught(pool: ImageDataset, seed: int, number: int, args: argparse.Namespace)
 def teacher_folder(folder: Path, number: int) -> Path:
     """Return where the teacher of a number is, beside its student."""
     return folder.with_name(f"{folder.name}-teacher{number}")
-
-
-def part(epochs: int, share: float) -> int:
-    """Return a share of the epochs, one at least."""
-    return max(1, round(share * epochs))
 
 
 def judged(model: Embedder, unseen: Drawings | None, runs: Path | None) -> dict[str, float]:

@@ -36,6 +36,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from generated_signatures import generated_signatures  # beside this recipe
 
 from vitembed import metrics
 from vitembed.architecture import ViTConfig
@@ -52,13 +53,24 @@ from vitembed.training.jigsaw import JigsawConfig, pretrain_jigsaw
 from vitembed.training.outputs import check_out
 from vitembed.verify import Verifier, fit_labelled
 
-INK = Preprocess.grey((96, 192), scan=True, binarize=True)  # height and width in pixels: multiples of the patch
-STEM = ((16, 2), (32, 2), (64, 1), (64, 2), (128, 1), (128, 2))  # channels and stride of its convolutions
-VIT = ViTConfig(INK.size, patch_size=16, channels=1, width=128, depth=4, heads=4, stem=STEM)
+INK = Preprocess.grey((64, 128), scan=True, binarize=True)  # height and width in pixels: multiples of the patch
+STEM = ((32, 2), (64, 1), (64, 2), (128, 1), (128, 2), (192, 1), (192, 2))  # channels and stride of its convolutions
+VIT = ViTConfig(INK.size, patch_size=16, channels=1, width=192, depth=2, heads=3, mlp_width=384, stem=STEM)
 NETWORK = partial(Embedder.create, VIT, pooling="mean")
 LOSS = partial(build_loss, "MultiSimilarityLoss(alpha=2, beta=50, base=0.5)")
-GENTLE = Augment(rotate=4, scale=(0.93, 1.07), translate=0.03)  # slope and strokes tell a writer: they are kept
-SETTINGS = TrainConfig(60, 16, 4, augment=GENTLE, precision="bf16", learning_rate=1e-3, validation="none", workers=0)
+GENTLE = Augment(rotate=6, scale=(0.8, 1.2), shear=3, translate=0.06)  # slope and strokes tell a writer: they are kept
+SETTINGS = TrainConfig(
+    epochs=20,
+    classes_per_batch=16,
+    images_per_class=4,
+    augment=GENTLE,
+    optimizer="muon",
+    learning_rate=2e-3,
+    validation="none",
+    workers=0,
+)
+GENERATED = 1500  # writers
+BEGINNING = replace(SETTINGS, epochs=5, classes_per_batch=32, learning_rate=5e-3)  # on them
 PUZZLES = JigsawConfig(tile=2, augment=Augment.named("ink"), workers=0)
 FAR = 0.05  # that the verifier is for, of skilled forgeries
 FEW = metrics.IDENTITIES_NEEDED  # writers: with fewer there are no intervals
@@ -71,6 +83,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--held-out", nargs="+", metavar="WRITER", help="the last nine by default")
     parser.add_argument("--init", metavar="MODEL", help="a folder, or another name that Embedder.from_pretrained takes")
+    parser.add_argument("--generated", type=int, metavar="WRITERS", help=f"to begin with; {GENERATED}, 0 with --init")
     parser.add_argument("--grey", action="store_true", help="show the network how dark the ink is, too")
     parser.add_argument("--jigsaw", type=int, default=0, metavar="EPOCHS", help="puzzles before training")
     parser.add_argument("--calibrate", type=int, default=FEW, metavar="N", help="writers for the verifier alone")
@@ -93,6 +106,7 @@ def run(args: argparse.Namespace) -> None:
     others = [name for name in writers if name not in judged]
     if not 0 <= args.calibrate <= len(others) - 2:
         raise DataError(f"{len(others)} writers are not held out; {args.calibrate} to calibrate must leave 2 to train")
+    settings = replace(SETTINGS, epochs=args.epochs)
     for seed in range(args.seeds):
         check_out(args.out / f"seed-{seed}", overwrite=False)  # now, and not after puzzles and trainings
     test, reports = data.with_classes(judged), []
@@ -101,13 +115,11 @@ def run(args: argparse.Namespace) -> None:
     if control is not None:
         print(f"control, EER by the spread of the ink's darkness alone, one image at a time: {control:.4f}", flush=True)
     for seed in range(args.seeds):
-        folder, model = args.out / f"seed-{seed}", start(args.init, seed, grey=args.grey)
+        folder = args.out / f"seed-{seed}"
         drawn = np.random.default_rng(seed).choice(others, args.calibrate, replace=False).tolist()
         known = data.with_classes(set(others) - set(drawn))
-        if args.jigsaw:
-            pretrain_jigsaw(model, known, config=replace(PUZZLES, epochs=args.jigsaw, seed=seed), progress=True)
-        settings = replace(SETTINGS, epochs=args.epochs, seed=seed)
-        train(model, known, loss=LOSS(), config=settings, out=folder, progress=True)
+        model = begun(args, seed, known)
+        train(model, known, loss=LOSS(), config=replace(settings, seed=seed), out=folder, progress=True)
         verifier = calibrated(model, data.with_classes(drawn), folder) if drawn else None
         reports.append(evaluate_data(model, test, verifier=verifier))
         write_evaluation_page(folder / "report.html", reports[-1], title=f"Signatures, seed {seed}")  # with DET curves
@@ -118,6 +130,19 @@ def run(args: argparse.Namespace) -> None:
         atomic_write(args.out / "results.json", json.dumps(results, indent=1, default=str) + "\n")
         for name, row in table.items():
             print(name, *(f"{key}: {value}" for key, value in row.items()), sep="\n    ", flush=True)
+
+
+def begun(args: argparse.Namespace, seed: int, known: ImageDataset) -> Embedder:
+    """Return the network as it is before it meets the writers: trained on generated signatures and on puzzles."""
+    model = start(args.init, seed, grey=args.grey)
+    writers = (0 if args.init else GENERATED) if args.generated is None else args.generated
+    if writers:
+        settings, out = replace(BEGINNING, seed=seed), args.out / f"seed-{seed}-generated"
+        unreal = generated_signatures(writers, seed=seed)
+        train(model, unreal, loss=LOSS(), config=settings, out=out, resume=True, progress=True)
+    if args.jigsaw:
+        pretrain_jigsaw(model, known, config=replace(PUZZLES, epochs=args.jigsaw, seed=seed), progress=True)
+    return model
 
 
 def darkness_eer(data: ImageDataset) -> float | None:

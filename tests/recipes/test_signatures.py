@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from vitembed.verify import Verifier
 
 GENUINE, FORGED = 7, 3  # images of a writer: 21 pairs of either kind, so that none is drawn by chance
 WRITERS = ("2", "3", "4", "8", "9", "10", "11", "12")
+MADE_UP = 4
 HELD_OUT, CALIBRATING = ["10", "11", "12"], 3
 TINY = ViTConfig((8, 16), 4, 1, width=16, depth=1, heads=1, stem=((16, 4),))
 
@@ -63,11 +65,12 @@ def scribble(root: Path, place: Place) -> Path:
 
 @dataclass
 class Ran:
-    """One run of the recipe: what it was given and printed, and the batches of each training."""
+    """One run of the recipe: what it was given and printed, and the batches of each training, of both kinds."""
 
     data: Path
     out: Path
     printed: str
+    begun: list[tuple[ImageDataset, list[list[int]]]]
     trained: list[tuple[ImageDataset, list[list[int]]]]
 
     @property
@@ -81,6 +84,8 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signatures, "NETWORK", partial(Embedder.create, TINY, pooling="mean", device="cpu"))
     monkeypatch.setattr(signatures, "SETTINGS", replace(signatures.SETTINGS, classes_per_batch=2, images_per_class=3))
     monkeypatch.setattr(signatures, "PUZZLES", replace(signatures.PUZZLES, tile=1, batch_size=16))
+    monkeypatch.setattr(signatures, "GENERATED", MADE_UP)
+    monkeypatch.setattr(signatures, "BEGINNING", replace(signatures.BEGINNING, epochs=1, classes_per_batch=2))
 
 
 @pytest.fixture
@@ -117,7 +122,7 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         patch.setattr(signatures, "train", train)
         patch.setattr(signatures, "LOSS", partial(Watched, 0.2, "semihard"))
         call(patch, "--data", data, "--out", out, *choice)
-    return Ran(data, out, printed.getvalue(), trained)
+    return Ran(data, out, printed.getvalue(), trained[::2], trained[1::2])
 
 
 def shows(path: Path) -> tuple[str, bool]:
@@ -163,6 +168,49 @@ def test_forgeries_are_trained_on_and_never_positives_and_writers_are_kept_apart
         for batch in batches:
             assert all(batch.count(label) == 1 for label in forged.intersection(batch))
     assert len(calibrated) == 2  # drawn anew for each seed
+
+
+def test_each_seed_begins_with_generated_writers_of_its_own_whose_forgeries_are_never_positives(ran: Ran) -> None:
+    drawn = []
+    for seed, (dataset, batches) in enumerate(ran.begun):
+        assert dataset.forgery_of is not None
+        assert len(dataset.identities) == MADE_UP
+        forged = set(dataset.labels[dataset.forgery_of >= 0].tolist())
+        assert forged.intersection(*map(set, batches[:1]))
+        for batch in batches:
+            assert all(batch.count(label) == 1 for label in forged.intersection(batch))
+        drawn.append(np.asarray(dataset.images[0]).tobytes())
+        began = Embedder.from_pretrained(ran.out / f"seed-{seed}-generated", device="cpu").network.state_dict()
+        ended = Embedder.from_pretrained(ran.out / f"seed-{seed}", device="cpu").network.state_dict()
+        assert any(not torch.equal(began[name], ended[name]) for name in began)
+    assert len(set(drawn)) == len(ran.begun) == 2
+
+
+def test_generated_signatures_are_learned_once_and_not_at_all_where_something_else_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: None
+) -> None:
+    trained: list[int] = []
+
+    def train(model: Embedder, dataset: ImageDataset, **settings: Any) -> object:
+        trained.append(len(dataset.identities))
+        return original(model, dataset, **settings)
+
+    original = signatures.train
+    monkeypatch.setattr(signatures, "train", train)
+    data, out = scribble(tmp_path / "data", in_folders), tmp_path / "out"
+    shared = ("--data", data, "--held-out", *HELD_OUT, "--calibrate", 0, "--epochs", 1, "--seeds", 1)
+    real = len(WRITERS) - len(HELD_OUT)
+    call(monkeypatch, *shared, "--out", out)
+    assert trained == [MADE_UP, real]
+    begun = (out / "seed-0-generated" / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "seed-0")  # such as by somebody who tries other settings
+    call(monkeypatch, *shared, "--out", out)
+    assert (out / "seed-0-generated" / "model.safetensors").read_bytes() == begun
+    trained.clear()
+    call(monkeypatch, *shared, "--out", tmp_path / "none", "--generated", 0)
+    call(monkeypatch, *shared, "--out", tmp_path / "init", "--init", out / "seed-0-generated")
+    assert trained == [real, real]
+    assert not list(tmp_path.glob("*/seed-0-generated"))[1:]
 
 
 def test_the_protocols_are_counted_and_printed_rates_are_those_of_a_plain_loop(ran: Ran) -> None:
@@ -233,8 +281,8 @@ def test_the_control_tells_darker_forgeries_and_the_network_does_not_see_them(tm
     assert 0.25 < alike <= 0.5
     for by_darkness in drawn.values():
         np.testing.assert_array_equal(*by_darkness)
-    levels = [60, 130]
-    pages = [Image.fromarray(np.where(np.eye(200) > 0, np.uint8(level), np.uint8(250))) for level in levels]
+    levels, stroke = [60, 130], np.tri(200, k=3) > np.tri(200, k=-4)
+    pages = [Image.fromarray(np.where(stroke, np.uint8(level), np.uint8(250))) for level in levels]
     grey = signatures.start(None, 0, grey=True).preprocess
     assert int(grey(pages[0]).max()) > int(grey(pages[1]).max()) + 20
 
@@ -284,6 +332,7 @@ def test_the_last_writers_are_held_out_by_default_and_colours_of_the_start_are_k
         (("--held-out", "10", "--calibrate", "0"), "no writer has two genuine images and another writer beside"),
         (("--held-out", *HELD_OUT, "--calibrate", "4"), "5 writers are not held out; 4 to calibrate must leave 2"),
         (("--held-out", *HELD_OUT, "--epochs", "0", "--calibrate", "0"), "epochs must be at least 1"),
+        (("--held-out", *HELD_OUT, "--generated", "-1", "--calibrate", "0"), "two writers of two images .* got -1"),
         (("--held-out", *HELD_OUT, "--init", "nowhere", "--calibrate", "0"), "nowhere"),
     ],
 )
