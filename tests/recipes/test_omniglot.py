@@ -56,7 +56,7 @@ def recipe(protocols: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType
         "STUDENT": student,
         "BEGINNING": training,
         "GENERATED": 2,
-        "TEACHERS": 2,
+        "TEACHERS": (1, 0.3),
     }
     for name, value in made_up.items():
         assert hasattr(module, name)
@@ -132,9 +132,6 @@ def test_it_trains_judges_and_writes_what_it_prints(
     assert [teacher.provenance["settings"]["seed"] for teacher in teachers] == [1, 1001]
     assert all(teacher.fingerprint in model.provenance["loss"] for teacher in teachers)
     assert model.provenance["initialised from"] == teachers[0].fingerprint
-    begun = recipe.Embedder.from_pretrained(tmp_path / "out" / "seed1-generated")
-    assert {teacher.provenance["initialised from"] for teacher in teachers} == {begun.fingerprint}
-    assert begun.provenance["settings"]["seed"] == 1
 
 
 def test_a_second_run_of_the_same_command_trains_nothing_anew(
@@ -142,7 +139,7 @@ def test_a_second_run_of_the_same_command_trains_nothing_anew(
 ) -> None:
     arguments = ["--data", alphabets, "--out", tmp_path, "--held-out", "Alphabet_G", "Alphabet_F"]
     run(recipe, monkeypatch, *arguments)
-    folders = [tmp_path / name for name in ("seed0-generated", "seed0-teacher0", "seed0-teacher1", "seed0")]
+    folders = [tmp_path / name for name in ("seed0-teacher0", "seed0-teacher1", "seed0")]
     files = [*(folder / "history.json" for folder in folders), tmp_path / "figures.json"]  # with seconds of each epoch
     before = [file.read_text() for file in files]
     run(recipe, monkeypatch, *arguments)
@@ -159,13 +156,18 @@ def test_without_held_out_alphabets_all_are_trained_on_and_only_the_runs_judge(
     )
     runs = all_runs(tmp_path / "all_runs", alphabets)
     run(recipe, monkeypatch, "--data", alphabets, "--out", tmp_path / "out", "--runs", runs, "--held-out")
-    assert len(seen[0]) == 2 * 20  # characters that nobody drew come first
-    assert len(seen[1]) == 4 * (7 * 5 + 2)
+    assert len(seen[0]) == 4 * (7 * 5 + 2)
     assert list(json.loads((tmp_path / "out" / "figures.json").read_text())["0"]) == ["published runs, one-shot error"]
     monkeypatch.setattr(recipe, "MINIMAL", ("Alphabet_B", "Alphabet_C"))
     run(recipe, monkeypatch, "--data", alphabets, "--out", tmp_path / "two", "--minimal")
-    assert len(seen) == 8  # generated characters, two teachers and their student, twice
-    assert {name.split("/")[0] for name in seen[5]} == {"Alphabet_B", "Alphabet_C"}
+    assert len(seen) == 3 + 4  # two teachers and their student; now generated characters before them
+    assert {name.split("/")[0] for name in seen[3]} == {"generated 0", "generated 1"}
+    assert all({name.split("/")[0] for name in classes} == {"Alphabet_B", "Alphabet_C"} for classes in seen[4:])
+    names = ("generated", "teacher0", "teacher1")
+    begun, *teachers = (recipe.Embedder.from_pretrained(tmp_path / "two" / f"seed0-{name}") for name in names)
+    assert {teacher.provenance["initialised from"] for teacher in teachers} == {begun.fingerprint}
+    run(recipe, monkeypatch, "--data", alphabets, "--out", tmp_path / "none", "--minimal", "--generated", 0)
+    assert len(seen) == 3 + 4 + 3
 
 
 class Pixels:
