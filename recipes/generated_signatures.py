@@ -14,8 +14,7 @@ from vitembed.errors import DataError
 from vitembed.training import ImageDataset
 
 FORGERS = 3  # of each writer
-SIDE = 352  # pixels of an image's longer side
-
+SIDE = 352  # pixels of an image's longer side, to one
 
 OWN = Disturbance(point=0.07, reach=0.12, warp=0.06, turn=0.035, stretch=0.05, slant=0.05, place=0.08)  # a writer's
 FORGER = Disturbance(point=0.2, reach=0.2, warp=0.2, turn=0.08, stretch=0.13, slant=0.18, place=0.15)  # plan from plan
@@ -26,7 +25,7 @@ def generated_signatures(writers: int, *, images: int = 6, seed: int) -> ImageDa
     """Generate signatures.
 
     Args:
-        writers: how many; their names are "generated 1" and so on.
+        writers: how many; their names are "generated 1" and so on. 1,500 take a minute and a half and 1.3 GB.
         images: genuine ones of each writer, and as many forgeries.
         seed: the same gives the same images.
 
@@ -38,16 +37,14 @@ def generated_signatures(writers: int, *, images: int = 6, seed: int) -> ImageDa
     rng = np.random.default_rng(seed)
     drawn: list[Image.Image] = []
     names: list[str] = []
+    imitated: list[str | None] = []
     for number in range(1, writers + 1):
         genuine, forged = of_a_writer(images, rng)
+        name = f"generated {number}"
         drawn += genuine + forged
-        writer = f"generated {number}"
-        names += [writer] * images + [f"{writer}/forgery {which}" for which in range(1, images + 1)]
-    classes, labels = np.unique(names, return_inverse=True)
-    imitated = [name.partition("/")[0] if "/" in name else None for name in names]
-    place = {name: at for at, name in enumerate(classes.tolist())}
-    forgery_of = np.array([-1 if name is None else place[name] for name in imitated], dtype=np.int64)
-    return ImageDataset(drawn, labels.astype(np.int64), tuple(classes.tolist()), forgery_of=forgery_of)
+        names += [name] * (2 * images)
+        imitated += [None] * images + [name] * images
+    return ImageDataset.from_arrays(drawn, names, forgery_of=imitated)
 
 
 def of_a_writer(images: int, rng: np.random.Generator) -> tuple[list[Image.Image], list[Image.Image]]:

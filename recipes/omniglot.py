@@ -68,7 +68,7 @@ TRAINING = TrainConfig(
     workers=0,
 )
 GENERATED = 60  # alphabets that nobody wrote, where there are five that somebody did
-BEGINNING = replace(TRAINING, epochs=7)  # on them
+PRETRAINING = replace(TRAINING, epochs=7)  # on them
 TEACHERS = (1.0, 0.3, 0.3)  # shares of the epochs for which each is trained: short ones err elsewhere, and cost little
 STUDENT = replace(TRAINING, learning_rate=2e-3)
 STUDYING = 0.2  # share of the epochs
@@ -107,6 +107,7 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train a network for each seed, judge it, print the figures beside the published ones."""
+    replace(TRAINING, epochs=args.epochs, precision=args.precision)  # what is wrong is told now, not after an hour
     data = Drawings.load(args.data)
     held_out = ([] if args.test else data.alphabets[-5:]) if args.held_out is None else args.held_out
     learned = [name for name in (MINIMAL if args.minimal else data.alphabets) if name not in held_out]
@@ -119,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
     untrained = Embedder.create(NETWORK, preprocess=PREPROCESS)
     tell("untrained", judged(untrained, unseen, args.runs))  # what cannot be judged is told now, not after an hour
     for seed in args.seeds:
-        start = begun(seed, args)
+        start = pretrained(seed, args)
         teachers = [taught(start, pool, seed, number, args) for number in range(len(TEACHERS))]
         tell(f"seed {seed}, the first teacher alone", judged(teachers[0], unseen, args.runs))
         folder = args.out / f"seed{seed}"
@@ -138,24 +139,23 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def begun(seed: int, args: argparse.Namespace) -> Embedder | None:
+def pretrained(seed: int, args: argparse.Namespace) -> Embedder | None:
     """Return the network after training on characters that nobody drew; None where none are wanted."""
     alphabets = (GENERATED if args.minimal else 0) if args.generated is None else args.generated
     if not alphabets:
         return None
-    model, out = Embedder.create(NETWORK, preprocess=PREPROCESS, seed=seed), args.out / f"seed{seed}-generated"
-    settings, unreal = (
-        replace(BEGINNING, precision=args.precision, seed=seed),
-        generated_characters(alphabets, seed=seed),
-    )
-    train(model, unreal, loss=build_loss(LOSS), config=settings, out=out, resume=True, progress=True)
+    print(f"seed {seed}: {alphabets} alphabets are generated, and trained on first", flush=True)
+    model = Embedder.create(NETWORK, preprocess=PREPROCESS, seed=seed)
+    config = replace(PRETRAINING, precision=args.precision, seed=seed)
+    out, pool = args.out / f"seed{seed}-generated", generated_characters(alphabets, seed=seed)
+    train(model, pool, loss=build_loss(LOSS), config=config, out=out, resume=True, progress=True)
     return model
 
 
 def taught(start: Embedder | None, pool: ImageDataset, seed: int, number: int, args: argparse.Namespace) -> Embedder:
     """Train the teacher of a number on labels: from random weights of its own if there is nothing to begin with."""
     own = seed + 1000 * number
-    model = copy.deepcopy(start) if start else Embedder.create(NETWORK, preprocess=PREPROCESS, seed=own)
+    model = copy.deepcopy(start) if start is not None else Embedder.create(NETWORK, preprocess=PREPROCESS, seed=own)
     config = replace(TRAINING, epochs=part(args.epochs, TEACHERS[number]), precision=args.precision, seed=own)
     folder = teacher_folder(args.out / f"seed{seed}", number)
     train(model, pool, loss=build_loss(LOSS), config=config, out=folder, resume=True, progress=True)

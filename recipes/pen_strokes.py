@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-Stroke = NDArray[np.float64]  # (points, 2) that the pen passes, x to the right and y up; a small letter is 1 high
+Stroke = NDArray[np.float64]  # (points, 2) that the pen passes, x to the right and y up; a small letter is 1 high, and
+# a character some 2
 
 MARGIN = 6  # pixels around the ink
 
@@ -24,8 +25,8 @@ class Disturbance:
 
     Attributes:
         point: of each point by itself.
-        reach: of each point, for every height by which the strokes at it are longer than one: flourishes vary more.
-        warp: of a displacement that is smooth over the whole.
+        reach: of each point, for every height beyond one to the farther of its neighbours: flourishes vary more.
+        warp: of the heights of each of the three waves that displace the whole smoothly.
         turn: of the angle of the whole, in radians.
         stretch: of the logarithm of width and of height.
         slant: of the shear.
@@ -77,7 +78,7 @@ def drawing(
         strokes: what is drawn, as large as fits.
         pen: its width in pixels.
         rng: for the tremor.
-        side: pixels of the longer side of the image.
+        side: pixels of the longer side of the image, to one.
         tremor: standard deviation of the points of the curves, in heights of a small letter.
         samples: points of a curve from one point of a stroke to the next.
     """

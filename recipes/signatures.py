@@ -70,7 +70,7 @@ SETTINGS = TrainConfig(
     workers=0,
 )
 GENERATED = 1500  # writers
-BEGINNING = replace(SETTINGS, epochs=5, classes_per_batch=32, learning_rate=5e-3)  # on them
+PRETRAINING = replace(SETTINGS, epochs=5, classes_per_batch=32, learning_rate=5e-3)  # on them
 PUZZLES = JigsawConfig(tile=2, augment=Augment.named("ink"), workers=0)
 FAR = 0.05  # that the verifier is for, of skilled forgeries
 FEW = metrics.IDENTITIES_NEEDED  # writers: with fewer there are no intervals
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
         folder = args.out / f"seed-{seed}"
         drawn = np.random.default_rng(seed).choice(others, args.calibrate, replace=False).tolist()
         known = data.with_classes(set(others) - set(drawn))
-        model = begun(args, seed, known)
+        model = pretrained(args, seed, known)
         train(model, known, loss=LOSS(), config=replace(settings, seed=seed), out=folder, progress=True)
         verifier = calibrated(model, data.with_classes(drawn), folder) if drawn else None
         reports.append(evaluate_data(model, test, verifier=verifier))
@@ -132,14 +132,22 @@ def run(args: argparse.Namespace) -> None:
             print(name, *(f"{key}: {value}" for key, value in row.items()), sep="\n    ", flush=True)
 
 
-def begun(args: argparse.Namespace, seed: int, known: ImageDataset) -> Embedder:
+def pretrained(args: argparse.Namespace, seed: int, known: ImageDataset) -> Embedder:
     """Return the network as it is before it meets the writers: trained on generated signatures and on puzzles."""
     model = start(args.init, seed, grey=args.grey)
     writers = (0 if args.init else GENERATED) if args.generated is None else args.generated
     if writers:
-        settings, out = replace(BEGINNING, seed=seed), args.out / f"seed-{seed}-generated"
-        unreal = generated_signatures(writers, seed=seed)
-        train(model, unreal, loss=LOSS(), config=settings, out=out, resume=True, progress=True)
+        print(f"seed {seed}: {writers} writers are generated, and trained on first", flush=True)
+        settings, out = replace(PRETRAINING, seed=seed), args.out / f"seed-{seed}-generated"
+        train(
+            model,
+            generated_signatures(writers, seed=seed),
+            loss=LOSS(),
+            config=settings,
+            out=out,
+            resume=True,
+            progress=True,
+        )
     if args.jigsaw:
         pretrain_jigsaw(model, known, config=replace(PUZZLES, epochs=args.jigsaw, seed=seed), progress=True)
     return model

@@ -3,8 +3,8 @@
 import generated_characters
 import numpy as np
 import pytest
-from generated_characters import SIDE, new_alphabet
-from pen_strokes import MARGIN, Disturbance
+from generated_characters import SIDE, composed, derived, new_alphabet, new_stroke
+from pen_strokes import MARGIN, Disturbance, Stroke
 
 from vitembed.errors import DataError
 from vitembed.training import ImageDataset
@@ -19,7 +19,7 @@ def characters() -> ImageDataset:
 
 def test_the_same_seed_gives_the_same_images_and_another_seed_others(characters: ImageDataset) -> None:
     again, other = (
-        generated_characters.generated_characters(1, characters=CHARACTERS, images=IMAGES, seed=seed) for seed in (1, 2)
+        generated_characters.generated_characters(2, characters=CHARACTERS, images=IMAGES, seed=seed) for seed in (1, 2)
     )
     first, second, third = ([np.asarray(image) for image in data.images] for data in (characters, again, other))
     assert all(np.array_equal(a, b) for a, b in zip(first[: len(second)], second, strict=True))
@@ -57,14 +57,41 @@ def test_images_of_a_character_are_nearest_to_its_others_far_more_often_than_by_
     assert found.mean() > 0.4
 
 
-def test_characters_of_an_alphabet_share_strokes_and_none_is_empty() -> None:
+def shape(stroke: Stroke) -> tuple[float, ...]:
+    """Return what stays of a stroke that is moved, scaled and mirrored left to right."""
+    centred = (stroke - stroke.mean(axis=0)) / np.abs(stroke - stroke.mean(axis=0)).max()
+    mirrored = centred * (-1, 1)
+    return min(tuple(np.round(form.ravel(), 6) + 0.0) for form in (centred, mirrored))
+
+
+def test_characters_of_an_alphabet_are_composed_of_its_strokes() -> None:
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        parts = [new_stroke(rng) for _ in range(5)]
+        known = {shape(part) for part in parts}
+        plans = [composed(parts, 1 + number % 4, 0.7, rng) for number in range(30)]
+        assert [len(plan) for plan in plans] == [1 + number % 4 for number in range(30)]
+        assert {shape(stroke) for plan in plans for stroke in plan} == known
+
+
+def test_a_derived_character_differs_in_a_stroke_or_in_all_a_little() -> None:
+    rng = np.random.default_rng(0)
+    parts = [new_stroke(rng) for _ in range(5)]
+    plan = composed(parts, 3, 0.7, rng)
+    kinds = set()
+    for _ in range(60):
+        other = derived(plan, parts, rng)
+        kept = sum(any(np.array_equal(stroke, before) for before in plan) for stroke in other)
+        kinds.add((len(other) - len(plan), kept))
+    assert kinds == {(1, 3), (-1, 2), (0, 2), (0, 0)}  # more, less, turned, changed
+
+
+def test_alphabets_are_as_long_as_is_said_and_no_stroke_is_empty() -> None:
     for seed in range(20):
         plans = new_alphabet(30, np.random.default_rng(seed))
         assert len(plans) == 30
-        assert all(len(plan) >= 1 for plan in plans)
-        assert all(stroke.ndim == 2 and len(stroke) >= 2 for plan in plans for stroke in plan)
-        lengths = {len(stroke) for plan in plans for stroke in plan}
-        assert len(lengths) <= 13  # as many kinds of stroke as an alphabet has at most
+        assert all(plans)
+        assert all(np.ptp(stroke, axis=0).max() > 0 for plan in plans for stroke in plan)
 
 
 def test_hands_differ_by_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,8 +106,8 @@ def test_hands_differ_by_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.stack(steady).std(axis=0).mean() < np.stack(shaky).std(axis=0).mean()
 
 
-@pytest.mark.parametrize("counts", [(0, 3, 3), (-1, 3, 3), (1, 1, 3), (1, 3, 1)])
+@pytest.mark.parametrize("counts", [(0, 3, 3), (-1, 3, 3), (1, 3, 3), (2, 1, 3), (2, 3, 1)])
 def test_too_few_to_train_on_are_refused(counts: tuple[int, int, int]) -> None:
     alphabets, characters, images = counts
-    with pytest.raises(DataError, match="two characters of two images at least"):
+    with pytest.raises(DataError, match="two alphabets of two characters of two images at least"):
         generated_characters.generated_characters(alphabets, characters=characters, images=images, seed=0)

@@ -54,7 +54,7 @@ def recipe(protocols: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType
         "PREPROCESS": reading,
         "TRAINING": training,
         "STUDENT": student,
-        "BEGINNING": training,
+        "PRETRAINING": training,
         "GENERATED": 2,
         "TEACHERS": (1, 0.3),
     }

@@ -60,6 +60,12 @@ def embedder(**options: Any) -> Embedder:
     return Embedder.create(config, preprocess=preprocess, seed=0, device="cpu", **options)
 
 
+def trained_before() -> Embedder:
+    """Return the same network as one that an earlier training made."""
+    model = embedder()
+    return Embedder(model.network, model.preprocess, device="cpu", provenance={"trained classes": ["0"]})
+
+
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Let the training end itself when it would take one step more."""
     original, taken = learner_module.Learner.step, 0
@@ -174,6 +180,7 @@ def interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, steps: int = 3) -
         ({"miner": miners.TripletMarginMiner()}, "with miner None, and now it is TripletMarginMiner"),
         ({"dataset": stripes(seed=1, per_class=9)}, "with number of images 64, and now it is 72"),
         ({"model": embedder(pooling="mean")}, "with network {'pooling': 'cls'}, and now it is {'pooling': 'mean'}"),
+        ({"model": trained_before()}, "with initial weights None, and now it is sha256:"),
     ],
 )
 def test_a_training_of_another_kind_is_not_resumed(

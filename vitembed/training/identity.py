@@ -19,6 +19,7 @@ from vitembed.training.data.rotations import TurnedImages
 from vitembed.training.distributed import world_size
 from vitembed.training.learner import Loss, Miner
 from vitembed.training.losses.specs import describe
+from vitembed.training.provenance import initialised_from
 from vitembed.vit import ViT
 
 # Settings that change what a run costs or when it is saved, but not what it learns.
@@ -35,6 +36,7 @@ def identity(
         "loss": describe(loss),
         "miner": None if miner is None else describe(miner),
         "network": _network(model.network),
+        "initial weights": initialised_from(model),
         "pre-processing": dataclasses.asdict(model.preprocess),
         "processes": world_size(),
         **_data(dataset),

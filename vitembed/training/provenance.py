@@ -18,6 +18,12 @@ _OF_A_CHECKPOINT = ("source", "family", "revision", "licence", "notes")
 _OF_PRETRAINING = ("task", "pre-trained on", "pre-training images")
 
 
+def initialised_from(model: Embedder) -> str | None:
+    """Return the fingerprint of the weights that a training starts from; None for weights that nobody trained."""
+    before = model.provenance
+    return before.get("derived from", model.fingerprint) if before else None
+
+
 def origin(model: Embedder) -> dict[str, Any]:
     """Return who trains a model, when, and what it starts from; to be asked before the first step.
 
@@ -35,7 +41,7 @@ def origin(model: Embedder) -> dict[str, Any]:
     return {
         "made by": f"vitembed {vitembed.__version__}, torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
-        "initialised from": before.get("derived from", model.fingerprint) if before else None,
+        "initialised from": initialised_from(model),
         **({BASE: base} if base else {}),
         **{key: before[key] for key in _OF_PRETRAINING if key in before},
     }
