@@ -99,12 +99,14 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, default=TRAINING.epochs, help="of the first teacher; others have a share")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--precision", default=TRAINING.precision, help="fp32 where a processor has no units for bf16")
+    parser.add_argument("--precision", default=TRAINING.precision, help="or fp32, which is faster on some processors")
     args = parser.parse_args()
     try:
         run(args)
     except (VitembedError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted; the same command goes on from the last checkpoint\n")
 
 
 def run(args: argparse.Namespace) -> None:

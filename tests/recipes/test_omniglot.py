@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -280,11 +281,46 @@ def test_what_cannot_be_judged_is_told_before_anything_is_trained(
         (["--held-out", "Alphabet_A"], "Alphabet_A alone is judged"),
         (["--held-out", "Alphabet_H"], "no judged alphabet has 5 characters, all of them by two drawers"),
         (["--runs", tmp_path], "holds no runs"),
+        (["--epochs", 0], "epochs must be at least 1"),
+        (["--precision", "fp31"], "unknown precision 'fp31'"),
+        (["--generated", 1], "two alphabets of two characters"),
     ):
         with pytest.raises(SystemExit) as ended:
             run(recipe, monkeypatch, "--data", alphabets, "--out", tmp_path, *arguments)
         assert ended.value.code == 2
         assert words in capsys.readouterr().err
+
+
+def test_an_interrupted_run_says_so_in_one_line_and_other_beginnings_are_not_mixed(
+    recipe: ModuleType,
+    alphabets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def ended(*arguments: object) -> tuple[object, str]:
+        with pytest.raises(SystemExit) as at:
+            run(recipe, monkeypatch, "--data", alphabets, "--out", tmp_path, *arguments)
+        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        return at.value.code, line
+
+    real, trained = recipe.train, []
+
+    def train(*arguments: Any, **settings: Any) -> object:
+        trained.append(settings["out"].name)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(recipe, "train", train)
+    assert ended("--generated", 2) == (
+        130,
+        "omniglot.py: interrupted; the same command goes on from the last checkpoint",
+    )
+    assert trained == ["seed0-generated", "seed0-teacher0", "seed0-teacher1"]
+    code, line = ended()  # the teachers would not be of one beginning
+    assert code == 2
+    assert re.search("seed0-teacher0 holds a training with initial weights sha256:.*, and now it is None", line)
 
 
 def test_alphabets_of_a_folder_of_their_own_are_judged_and_then_none_is_held_out(

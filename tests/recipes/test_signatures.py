@@ -325,6 +325,20 @@ def test_the_last_writers_are_held_out_by_default_and_colours_of_the_start_are_k
     assert (preprocess.channels, preprocess.mean, preprocess.scan) == (3, photos.preprocess.mean, True)
 
 
+def test_an_interrupted_run_says_so_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small: None
+) -> None:
+    def train(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(signatures, "train", train)
+    data = scribble(tmp_path / "data", in_folders)
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, "--data", data, "--out", tmp_path / "out", "--held-out", *HELD_OUT, "--calibrate", 0)
+    assert ended.value.code == 130
+    assert re.fullmatch(r"signatures\.py: interrupted; [^\n]*\n", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
