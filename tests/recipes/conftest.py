@@ -17,7 +17,6 @@ Ran = tuple[int, str, str]
 @pytest.fixture
 def run_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """Run a recipe as its command line does, and return its exit status and what it printed on either stream."""
-    monkeypatch.syspath_prepend(RECIPES)  # where a recipe finds those beside it
 
     def run(name: str, *arguments: object) -> Ran:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])

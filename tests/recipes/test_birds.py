@@ -35,7 +35,6 @@ def dino(tmp_path: Path) -> Path:
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, dino: Path) -> Recipe:
     """Run the recipe as its command line does, for one epoch; return what it printed and its complaints."""
-    monkeypatch.syspath_prepend(RECIPES)
 
     def run(data: Path) -> tuple[str, str]:
         where = ["--data", str(data), "--out", str(tmp_path / "model"), "--init", str(dino)]

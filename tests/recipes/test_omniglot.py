@@ -19,14 +19,12 @@ from vitembed.architecture import ViTConfig
 from vitembed.errors import DataError
 from vitembed.preprocess import Preprocess
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 DRAWERS = 4
 
 
 @pytest.fixture
 def protocols(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The protocols with five characters a run, and few of them."""
-    monkeypatch.syspath_prepend(RECIPES)
     module = importlib.import_module("omniglot_protocols")
     for name, value in {
         "WAYS": 5,

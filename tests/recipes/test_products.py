@@ -37,7 +37,6 @@ def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dino: Path) -> Recipe:
     """Run the recipe as its command line does, for one epoch; return what it printed and its complaints."""
-    monkeypatch.syspath_prepend(RECIPES)
 
     def run(benchmark: str, data: Path, out: Path, *more: str) -> tuple[str, str]:
         where = ["--data", str(data), "--out", str(out), "--init", str(dino)]
